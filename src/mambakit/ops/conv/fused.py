@@ -1,0 +1,156 @@
+"""The causal convolution as a registered operator: schema, fake, kernels, gradient.
+
+The gradient is an ``autograd.Function`` under the Autograd key, which costs a call far less
+than ``torch.library.register_autograd``: one generated token makes a call for every layer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, bool silu"
+
+torch.library.define("mambakit::causal_conv1d", f"({_INPUTS}) -> (Tensor y, Tensor last)")
+torch.library.define(
+    "mambakit::causal_conv1d_backward",
+    f"(Tensor dy, Tensor? dlast, {_INPUTS})"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dstate)",
+)
+
+_forward = torch.ops.mambakit.causal_conv1d.default
+_backward = torch.ops.mambakit.causal_conv1d_backward.default
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel for the device of ``x``; shapes as in ``causal_conv1d``, checked there."""
+    y, last = _forward(x, weight, bias, state, silu)
+    return y, last
+
+
+def _state_like(t: Tensor, b: int, d: int, w: int) -> Tensor:
+    """Make a state whose channels are neighbours in memory, as they are in ``x``."""
+    return t.new_empty(b, w - 1, d).transpose(1, 2)
+
+
+@torch.library.register_fake("mambakit::causal_conv1d")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    b, _, d = x.shape
+    return x.new_empty(x.shape), _state_like(x, b, d, weight.shape[1])
+
+
+@torch.library.register_fake("mambakit::causal_conv1d_backward")
+def _(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b, _, d = x.shape
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+        x.new_empty(0) if state is None else _state_like(state, b, d, weight.shape[1]),
+    )
+
+
+@torch.library.impl("mambakit::causal_conv1d", "CPU")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    return cpu.forward(x, weight, bias, state, silu)
+
+
+@torch.library.impl("mambakit::causal_conv1d_backward", "CPU")
+def _(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dweight, dbias, dstate = cpu.backward(dy, dlast, x, weight, bias, state, silu)
+    return (
+        dx,
+        dweight,
+        x.new_empty(0) if dbias is None else dbias,
+        x.new_empty(0) if dstate is None else dstate,
+    )
+
+
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, last = _forward(x, weight, bias, state, silu)
+        ctx.save_for_backward(x, weight, bias, state)
+        ctx.silu = silu
+        ctx.set_materialize_grads(False)
+        return y, last
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dlast: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, bias, state = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(x)
+        dx, dweight, dbias, dstate = _backward(dy, dlast, x, weight, bias, state, ctx.silu)
+        return (
+            dx,
+            dweight,
+            None if bias is None else dbias,
+            None if state is None else dstate,
+            None,
+        )
+
+
+@torch.library.impl("mambakit::causal_conv1d", "Autograd")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, state):
+        return _Gradient.apply(x, weight, bias, state, silu)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(x, weight, bias, state, silu)
+
+
+@torch.library.impl("mambakit::causal_conv1d_backward", "Autograd")
+def _(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if torch.is_grad_enabled() and _any_requires_grad(dy, dlast, x, weight, bias, state):
+        raise RuntimeError(
+            "causal_conv1d: second derivatives exist only with backend='reference'"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward(dy, dlast, x, weight, bias, state, silu)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,32 @@
+"""The causal convolution as w shifted products: the definition of the operation.
+
+    y_t = act(bias + sum_k weight[:, k] x_{t-w+1+k})
+
+Every kernel is judged against this file. It runs on any device, and all of autograd works on
+it: second derivatives, forward mode, ``torch.func``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """Add the shifted products; shapes as in ``causal_conv1d``, checked there."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    l, d = x.shape[1:]
+    w = weight.shape[1]
+    if state is None:
+        inputs = F.pad(x, (0, 0, w - 1, 0))  # (b, w - 1 + l, d)
+    else:
+        inputs = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
+    taps = weight.to(wide)
+    y = x.new_zeros(d, dtype=wide) if bias is None else bias.to(wide)
+    for k in range(w):
+        y = torch.addcmul(y, inputs[:, k : k + l].to(wide), taps[:, k])
+    if silu:
+        y = F.silu(y)
+    # a copy, so that the state does not keep the whole input alive
+    return y.to(x.dtype), inputs[:, l:].clone().transpose(1, 2)

@@ -1,0 +1,1107 @@
+// The selective scan on CPU, forward and backward. Plain C interface.
+//
+//     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t ;   y_t = (C_t . h_t + D x_t) silu(gate_t)
+//
+// The lanes of a vector are neighbouring channels (a block). Time is walked in tiles of 32 steps.
+// Within a tile, softplus, the products with dt and the gate are loops of their own over small
+// arrays; the recurrence then takes 4 states at a time and keeps them and their rates in
+// registers from the tile's first step to its last. Nothing of size (b, l, d, n) exists: backward
+// starts from the state before each tile (a checkpoint), runs the tile again, keeping the decays
+// and states of 4 state indices in the L1 cache, and walks back over them.
+//
+// Work is cut into spans: some blocks of one group of channels in one sequence. Where those are
+// too few for the threads, a span covers a chunk of the sequence only: a first pass finds what
+// each chunk does to a state of zeros, chunks are joined by exp(A sum dt), the decay over a whole
+// chunk, and the second pass knows where each chunk starts.
+//
+// Sums over channels and sequences are made within a span first and then from span to span in
+// their order, whichever thread ran them: results repeat bit for bit for a given thread count.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../_simd.h"
+#include "../_threads.h"
+
+namespace mambakit {
+namespace {
+
+// Short enough for the trail of 4 states (16 KB) and the sums of their tokens (16 KB) to share a
+// 48 KB L1 cache with the tile itself; 64 steps took a fifth more time backward.
+constexpr int tile_steps = 32;
+constexpr int group_of_states = 4;
+constexpr double log2e = 1.44269504088896340736;
+constexpr double ln2 = 0.693147180559945309417;
+
+enum Dtype : int64_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+// A tensor (b, l, d) or (b, l, g, n) whose last axis is dense; strides count elements.
+struct Rows {
+  void* data;  // null: there is no such tensor
+  int64_t batch, time, group;
+  int64_t dtype;
+};
+
+}  // namespace
+
+// What Python passes, field by field (cpu.py has the same list). Pointers without a type are to
+// dense arrays of the scalar that is computed in: float, or double if x is double.
+struct ScanArguments {
+  int64_t b, l, d, n, g;
+  int64_t softplus, threads;
+  Rows x, dt, gate, B, C;
+  const void *A, *D, *dt_bias;               // (d, n), (d), (d)
+  const void *B_constant, *C_constant;       // (d, n) in place of B, C
+  const void* state;                         // (b, d, n)
+  void* checkpoints;                         // (b, tiles, n, d)
+  Rows y;
+  void* last_state;                          // (b, d, n)
+  Rows dy;
+  const void* dlast_state;
+  Rows dx, ddt, dgate, dB, dC;
+  void *dA, *dD, *ddt_bias, *dB_constant, *dC_constant, *dstate;
+};
+
+namespace {
+
+using Arguments = ScanArguments;
+
+// ---------------------------------------------------------------- memory
+
+// One allocation, handed out in pieces that start on cache lines. Tiles of time are whole pages of
+// 4 KB, one after another: the processor compares the low 12 bits of a load with those of earlier
+// stores, and so finds element t of one tile equal to element t of another, which was read before
+// it was written, and to no other.
+class Workspace {
+ public:
+  Workspace(size_t bytes, int pieces) {
+    const size_t whole = bytes + (pieces + 1) * 2 * line;
+    memory_ = std::malloc(whole);
+    next_ = (reinterpret_cast<uintptr_t>(memory_) + line) / line * line;
+  }
+  ~Workspace() { std::free(memory_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  explicit operator bool() const { return memory_ != nullptr; }
+
+  template <typename T>
+  T* take(size_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += (count * sizeof(T) + line - 1) / line * line;
+    return piece;
+  }
+
+  template <typename T>
+  T* take_zeros(size_t count) {
+    T* piece = take<T>(count);
+    std::memset(static_cast<void*>(piece), 0, count * sizeof(T));
+    return piece;
+  }
+
+ private:
+  static constexpr size_t line = 64;
+  void* memory_;
+  uintptr_t next_;
+};
+
+// Calls body(pointer) with the type that the tensor is stored in.
+template <typename S, typename Body>
+MAMBAKIT_INLINE void with_storage(const Rows& rows, const Body& body) {
+  if constexpr (std::is_same_v<S, double>) {
+    body(static_cast<double*>(rows.data));
+  } else if (rows.dtype == bfloat16) {
+    body(static_cast<BFloat16*>(rows.data));
+  } else if (rows.dtype == float16) {
+    body(static_cast<Float16*>(rows.data));
+  } else {
+    body(static_cast<float*>(rows.data));
+  }
+}
+
+// ---------------------------------------------------------------- where a span is
+
+// A block is one vector of channels; `count` of its lanes are channels that exist. The other
+// lanes read zeros everywhere, stay at zero and are never written.
+struct Block {
+  int64_t channel;
+  int count;
+};
+
+struct Span {
+  int64_t batch, group, index;          // index counts (batch, chunk)
+  int64_t first_block, blocks;
+  int64_t first_tile, last_tile;        // [first, last)
+  int64_t chunk, part;                  // part: which of its group's spans of channels
+};
+
+// How the work is cut: each group's channels into `blocks` blocks and `parts` spans of them, and
+// the sequence into `chunks`.
+struct Plan {
+  int64_t blocks, parts, chunks, tiles;
+  int width, threads;
+
+  int64_t tasks(const Arguments& a) const { return a.b * a.g * parts * chunks; }
+
+  Span span(const Arguments& a, int64_t task) const {
+    Span s;
+    s.part = task % parts, task /= parts;
+    s.chunk = task % chunks, task /= chunks;
+    s.group = task % a.g, task /= a.g;
+    s.batch = task;
+    s.index = s.batch * chunks + s.chunk;
+    s.first_block = blocks * s.part / parts;
+    s.blocks = blocks * (s.part + 1) / parts - s.first_block;
+    s.first_tile = tiles * s.chunk / chunks;
+    s.last_tile = tiles * (s.chunk + 1) / chunks;
+    return s;
+  }
+
+  Block block(const Arguments& a, const Span& s, int64_t k) const {
+    const int64_t size = a.d / a.g, within = (s.first_block + k) * width;
+    return {s.group * size + within,
+            static_cast<int>(std::min<int64_t>(width, size - within))};
+  }
+};
+
+// `least_chunks`: the first pass over the chunks costs nearly a second forward and a third of a
+// backward, so fewer chunks than this would not pay for it.
+Plan plan(const Arguments& a, int width, int64_t least_chunks) {
+  Plan p;
+  p.width = width;
+  const int64_t size = a.d / a.g;
+  p.blocks = (size + width - 1) / width;
+  p.tiles = (a.l + tile_steps - 1) / tile_steps;
+  p.parts = p.chunks = 1;
+  // A second thread pays when each has some ten microseconds of work.
+  const int64_t rows = a.b * a.g, vectors = rows * p.blocks * a.l * (a.n + 4);
+  p.threads = vectors < 1 << 13 ? 1 : static_cast<int>(a.threads);
+  if (p.threads == 1) return p;
+  if (rows * p.blocks >= p.threads) {
+    // Twice as many spans as threads: a thread that the system delays is helped by the others.
+    p.parts = std::min(p.blocks, (2 * p.threads + rows - 1) / rows);
+    return p;
+  }
+  p.parts = p.blocks;
+  const int64_t chunks = std::min(p.tiles, p.threads / (rows * p.blocks));
+  if (chunks >= least_chunks) p.chunks = chunks;
+  return p;
+}
+
+// ---------------------------------------------------------------- rows in and out
+
+// The tile of one block, from the tensor to `tile` and back. What lies beyond the block's
+// channels reads as zero and is not written.
+template <typename S>
+void read_tile(Vec<S>* tile, const Rows& rows, int64_t batch, int64_t t0, int steps,
+               Block block) {
+  with_storage<S>(rows, [&](auto* data) {
+    const auto* from = data + batch * rows.batch + t0 * rows.time + block.channel;
+    if (block.count == lanes<S>) {
+      for (int t = 0; t < steps; ++t) tile[t] = load(from + t * rows.time);
+    } else {
+      for (int t = 0; t < steps; ++t) tile[t] = load_part(from + t * rows.time, block.count);
+    }
+  });
+}
+
+template <typename S>
+void write_tile(const Vec<S>* tile, const Rows& rows, int64_t batch, int64_t t0, int steps,
+                Block block) {
+  with_storage<S>(rows, [&](auto* data) {
+    auto* to = data + batch * rows.batch + t0 * rows.time + block.channel;
+    if (block.count == lanes<S>) {
+      for (int t = 0; t < steps; ++t) store(to + t * rows.time, tile[t]);
+    } else {
+      for (int t = 0; t < steps; ++t) store_part(to + t * rows.time, tile[t], block.count);
+    }
+  });
+}
+
+// n numbers of each of the block's channels, out of or into a dense (d, n) array.
+template <typename S>
+void read_channels(Vec<S>* out, const void* array, int64_t n, Block block, S factor = 1) {
+  const S* from = static_cast<const S*>(array) + block.channel * n;
+  for (int64_t i = 0; i < n; ++i) {
+    Vec<S> v{};
+    for (int c = 0; c < block.count; ++c) v[c] = from[c * n + i] * factor;
+    out[i] = v;
+  }
+}
+
+template <typename S>
+void write_channels(void* array, const Vec<S>* in, int64_t n, Block block) {
+  S* to = static_cast<S*>(array) + block.channel * n;
+  for (int c = 0; c < block.count; ++c) {
+    for (int64_t i = 0; i < n; ++i) to[c * n + i] = in[i][c];
+  }
+}
+
+// The same out of or into a dense (n, d) array, which needs no transposition.
+template <typename S>
+void read_plane(Vec<S>* out, const S* plane, int64_t n, int64_t d, Block block) {
+  for (int64_t i = 0; i < n; ++i) {
+    const S* from = plane + i * d + block.channel;
+    out[i] = block.count == lanes<S> ? load(from) : load_part(from, block.count);
+  }
+}
+
+template <typename S>
+void write_plane(S* plane, const Vec<S>* in, int64_t n, int64_t d, Block block) {
+  for (int64_t i = 0; i < n; ++i) {
+    S* to = plane + i * d + block.channel;
+    if (block.count == lanes<S>) {
+      store(to, in[i]);
+    } else {
+      store_part(to, in[i], block.count);
+    }
+  }
+}
+
+// One number of each of the block's channels; zeros if there is no array.
+template <typename S>
+Vec<S> read_vector(const void* array, Block block) {
+  if (!array) return Vec<S>{};
+  return load_part(static_cast<const S*>(array) + block.channel, block.count);
+}
+
+template <typename S>
+void write_vector(void* array, Vec<S> v, Block block) {
+  store_part(static_cast<S*>(array) + block.channel, v, block.count);
+}
+
+// B or C of one group for a tile of time, as scalars (steps, n).
+template <typename S>
+void read_tokens(S* out, const Rows& rows, int64_t n, const Span& span, int64_t t0, int steps) {
+  with_storage<S>(rows, [&](auto* data) {
+    const auto* from = data + span.batch * rows.batch + t0 * rows.time + span.group * rows.group;
+    for (int t = 0; t < steps; ++t, from += rows.time, out += n) {
+      int64_t i = 0;
+      for (; i + lanes<S> <= n; i += lanes<S>) store(out + i, load(from + i));
+      if (i < n) store_part(out + i, load_part(from + i, n - i), n - i);
+    }
+  });
+}
+
+// ---------------------------------------------------------------- functions of a step
+
+// e = exp(-|v|), from which softplus and its slope are both made.
+struct SoftplusFloat {
+  Vec<float> v, e;
+
+  explicit SoftplusFloat(Vec<float> raw)
+      : v(raw), e(exp2_product((Vec<float>)(bits_of<float>(raw) | 0x80000000u),
+                              splat(static_cast<float>(log2e)))) {}
+
+  // max(v, 0) + log(1 + e); the polynomial is log(1 + e) / e, minimax on [0, 1], error 3e-8.
+  Vec<float> value() const {
+    Vec<float> p = splat(0.005232675466686487f);
+    p = p * e - 0.029505161568522453f;
+    p = p * e + 0.07822582125663757f;
+    p = p * e - 0.13663235306739807f;
+    p = p * e + 0.19106000661849976f;
+    p = p * e - 0.2484298050403595f;
+    p = p * e + 0.3331909775733948f;
+    p = p * e - 0.4999949336051941f;
+    p = p * e + 0.9999999403953552f;
+    return p * e + (v > 0.0f ? v : Vec<float>{});
+  }
+
+  // 1 / (1 + exp(-v)) without an overflow for any sign of v.
+  Vec<float> slope() const {
+    const Vec<float> r = reciprocal(1.0f + e);
+    return v > 0.0f ? r : e * r;
+  }
+};
+
+struct SoftplusDouble {
+  Vec<double> v, e;
+
+  explicit SoftplusDouble(Vec<double> raw) : v(raw), e{} {
+    for (int i = 0; i < lanes<double>; ++i) e[i] = std::exp(-std::fabs(v[i]));
+  }
+  Vec<double> value() const {
+    Vec<double> out{};
+    for (int i = 0; i < lanes<double>; ++i) {
+      out[i] = (v[i] > 0 ? v[i] : 0.0) + std::log1p(e[i]);
+    }
+    return out;
+  }
+  Vec<double> slope() const { return (v > 0.0 ? splat(1.0) : e) / (1.0 + e); }
+};
+
+template <typename S>
+using Softplus = std::conditional_t<std::is_same_v<S, double>, SoftplusDouble, SoftplusFloat>;
+
+// Addresses to ask for ahead of time, one for each step: the lines of some rows of a tensor.
+struct Ahead {
+  const char* row;
+  int64_t stride;
+  int log2_lines;
+
+  // Into the L2 cache: rows are a multiple of 4 KB apart more often than not, and would displace
+  // one another in L1.
+  void fetch(int64_t t) const {
+    const int64_t line = t & ((1 << log2_lines) - 1);
+    __builtin_prefetch(row + (t >> log2_lines) * stride + line * 64, 0, 2);
+  }
+};
+
+// Asks for what comes after the 8 blocks that are at work, an eighth of its rows during each of
+// them and one tensor during each group of states. Each row is asked for 8 blocks at once: rows
+// lie on different pages, and to find a page takes longer than to fetch a line.
+class Fetcher {
+ public:
+  static constexpr int blocks = 8;
+
+  // `turn`: which of the 8 blocks is at work.
+  Fetcher(int64_t batch, int64_t t0, int64_t channel, int64_t turn, int width)
+      : batch_(batch), t_(t0 + turn * tile_steps / blocks), channel_(channel), width_(width) {}
+
+  void add(const Rows& rows) {
+    if (!rows.data) return;
+    const int64_t bytes = rows.dtype == float64 ? 8 : rows.dtype == float32 ? 4 : 2;
+    const int64_t at = batch_ * rows.batch + t_ * rows.time + channel_;
+    int log2_lines = 0;
+    while (64 << log2_lines < blocks * width_ * bytes) ++log2_lines;
+    list_[size_++] = {static_cast<const char*>(rows.data) + at * bytes, rows.time * bytes,
+                      log2_lines};
+  }
+
+  // What to fetch during pass `i`; where there is nothing left, one address over and over.
+  Ahead pass(unsigned i) const {
+    static const char nothing[512] = {};
+    return i < static_cast<unsigned>(size_) ? list_[i] : Ahead{nothing, 0, 0};
+  }
+
+  // Asks at once for what `passes` passes leave out.
+  void fetch_rest(int passes) const {
+    for (int i = passes; i < size_; ++i) {
+      for (int t = 0; t < tile_steps; ++t) list_[i].fetch(t);
+    }
+  }
+
+ private:
+  int64_t batch_, t_, channel_;
+  int width_;
+  Ahead list_[8];
+  int size_ = 0;
+};
+
+// B or C as the recurrence reads it: a number for each token, or a vector for all time.
+template <typename S, bool per_token>
+struct Coefficient;
+
+template <typename S>
+struct Coefficient<S, true> {
+  const S* values;
+  int64_t n;
+  S at(int64_t t, int i) const { return values[t * n + i]; }
+  Coefficient from(int64_t i) const { return {values + i, n}; }
+};
+
+template <typename S>
+struct Coefficient<S, false> {
+  const Vec<S>* values;
+  int64_t n;
+  Vec<S> at(int64_t, int i) const { return values[i]; }
+  Coefficient from(int64_t i) const { return {values + i, n}; }
+};
+
+// ---------------------------------------------------------------- the recurrence
+
+template <typename S, bool token_B, bool token_C>
+struct Kernel {
+  using V = Vec<S>;
+  using BTerm = Coefficient<S, token_B>;
+  using CTerm = Coefficient<S, token_C>;
+  static constexpr int K = group_of_states;
+
+  // Rates are multiplied by log2(e) once, so that the recurrence needs exp2 only.
+  static void read_rates(V* rates, const Arguments& a, Block block) {
+    read_channels<S>(rates, a.A, a.n, block, static_cast<S>(log2e));
+  }
+
+  // k states through a tile; y gains what they are read as.
+  template <int k>
+  static void advance(V* state, const V* rates, BTerm B, CTerm C, const V* dt, const V* input,
+                      V* y, int steps, Ahead ahead) {
+    V h[k], rate[k];
+    for (int i = 0; i < k; ++i) h[i] = state[i], rate[i] = rates[i];
+    for (int t = 0; t < steps; ++t) {
+      ahead.fetch(t);
+      const V d = dt[t], u = input[t];
+      V sum = y[t];
+#pragma GCC unroll 8
+      for (int i = 0; i < k; ++i) {
+        h[i] = exp2_product(d, rate[i]) * h[i] + u * B.at(t, i);
+        sum += h[i] * C.at(t, i);
+      }
+      y[t] = sum;
+    }
+    for (int i = 0; i < k; ++i) state[i] = h[i];
+  }
+
+  // The same, leaving the decay of each step and the state before it in `trail`.
+  template <int k>
+  static void replay(const V* state, const V* rates, BTerm B, CTerm C, const V* dt,
+                     const V* input, V* y, V* trail, int steps, Ahead ahead) {
+    V h[k], rate[k];
+    for (int i = 0; i < k; ++i) h[i] = state[i], rate[i] = rates[i];
+    for (int t = 0; t < steps; ++t, trail += 2 * k) {
+      ahead.fetch(t);
+      const V d = dt[t], u = input[t];
+      V sum = y[t];
+#pragma GCC unroll 8
+      for (int i = 0; i < k; ++i) {
+        const V decay = exp2_product(d, rate[i]);
+        trail[i] = decay;
+        trail[k + i] = h[i];
+        h[i] = decay * h[i] + u * B.at(t, i);
+        sum += h[i] * C.at(t, i);
+      }
+      y[t] = sum;
+    }
+    for (int i = 0; i < k; ++i) trail[k + i] = h[i];
+  }
+
+  // What a walk back adds to. `tokens` holds dB and dC of each step, k vectors each.
+  struct Sums {
+    V *rates, *B, *C, *tokens;
+  };
+
+  // Back over the tile that replay() left a trail of. `carry` is the gradient of the state after
+  // the tile on entry and before it on return; by_rate gains sum m A and by_input sum g B.
+  template <int k>
+  static void walk_back(V* carry, const V* rates, BTerm B, CTerm C, const V* dt, const V* input,
+                        const V* dy, const V* trail, Sums sums, V* by_rate, V* by_input,
+                        int steps, Ahead ahead) {
+    V c[k], rate[k], drate[k], after[k], dB[k], dC[k];
+    trail += 2 * k * steps;
+    V* tokens = sums.tokens + 2 * k * steps;
+    for (int i = 0; i < k; ++i) {
+      c[i] = carry[i], rate[i] = rates[i], drate[i] = V{}, after[i] = trail[k + i];
+      if (!token_B) dB[i] = V{};
+      if (!token_C) dC[i] = V{};
+    }
+    for (int t = steps - 1; t >= 0; --t) {
+      trail -= 2 * k;
+      tokens -= 2 * k;
+      ahead.fetch(t);
+      const V d = dt[t], u = input[t], gradient = dy[t];
+      V along_rate = by_rate[t], along_input = by_input[t];
+#pragma GCC unroll 8
+      for (int i = 0; i < k; ++i) {
+        const V g = c[i] + gradient * C.at(t, i);
+        const V before = trail[k + i];
+        if constexpr (token_C) {
+          tokens[k + i] += gradient * after[i];
+        } else {
+          dC[i] += gradient * after[i];
+        }
+        if constexpr (token_B) {
+          tokens[i] += g * u;
+        } else {
+          dB[i] += g * u;
+        }
+        along_input += g * B.at(t, i);
+        c[i] = g * trail[i];
+        const V m = c[i] * before;
+        drate[i] += m * d;
+        along_rate += m * rate[i];
+        after[i] = before;
+      }
+      by_rate[t] = along_rate;
+      by_input[t] = along_input;
+    }
+    for (int i = 0; i < k; ++i) {
+      carry[i] = c[i], sums.rates[i] += drate[i];
+      if (!token_B) sums.B[i] += dB[i];
+      if (!token_C) sums.C[i] += dC[i];
+    }
+  }
+
+  // Back over a tile for the carry alone.
+  static void retreat(V* carry, const V* rates, CTerm C, const V* dt, const V* dy, int64_t n,
+                      int steps) {
+    for (int64_t i = 0; i < n; ++i) {
+      V c = carry[i];
+      const V rate = rates[i];
+      const CTerm Ci = C.from(i);
+      for (int t = steps - 1; t >= 0; --t) {
+        c = exp2_product(dt[t], rate) * (c + dy[t] * Ci.at(t, 0));
+      }
+      carry[i] = c;
+    }
+  }
+
+  // For block k of a tile: what comes after its 8 blocks, in this tile or at the start of the
+  // next one in `direction`.
+  static Fetcher fetcher(const Arguments& a, const Plan& p, const Span& span, int64_t tile,
+                         int64_t k, int direction) {
+    int64_t next = k - k % Fetcher::blocks + Fetcher::blocks;
+    if (next >= span.blocks) {
+      next = 0;
+      tile += direction;
+    }
+    tile = std::clamp(tile, span.first_tile, span.last_tile - 1);
+    return {span.batch, tile * tile_steps, p.block(a, span, next).channel, k % Fetcher::blocks,
+            lanes<S>};
+  }
+
+  // ---------------------------------------------------------------- forward
+
+  // How the chunks of a sequence meet. A first pass leaves, for each chunk, what it makes of
+  // zeros and the sum of its dt; join() turns that into where the second pass starts.
+  struct Chunks {
+    S* edges = nullptr;    // (b, chunks, n, d): the state (or its gradient) that a chunk is given
+    S* elapsed = nullptr;  // (b, chunks, d): the sum of dt
+  };
+
+  // Runs a span; if `first`, for what it makes of zeros alone.
+  static bool forward_span(const Arguments& a, const Plan& p, const Span& span, bool first,
+                           Chunks chunks) {
+    const FlushDenormals flush;
+    const int64_t n = a.n, kn = span.blocks * n;
+    Workspace memory((2 * kn + 3 * tile_steps + 2 * n + span.blocks) * sizeof(V) +
+                         2 * tile_steps * n * sizeof(S),
+                     10);
+    if (!memory) return false;
+    V* states = memory.template take<V>(kn);
+    V* rates = memory.template take<V>(kn);
+    V* dt = memory.template take<V>(tile_steps);
+    V* input = memory.template take<V>(tile_steps);
+    V* y = memory.template take<V>(tile_steps);
+    V* B_fixed = memory.template take<V>(n);
+    V* C_fixed = memory.template take<V>(n);
+    V* elapsed = memory.template take_zeros<V>(span.blocks);
+    S* B_tile = memory.template take<S>(tile_steps * n);
+    S* C_tile = memory.template take<S>(tile_steps * n);
+
+    for (int64_t k = 0; k < span.blocks; ++k) {
+      const Block block = p.block(a, span, k);
+      V* h = states + k * n;
+      read_rates(rates + k * n, a, block);
+      if (p.chunks > 1 && !first) {
+        read_plane(h, chunks.edges + span.index * n * a.d, n, a.d, block);
+      } else if (!first && a.state) {
+        read_channels<S>(h, static_cast<const S*>(a.state) + span.batch * a.d * n, n, block);
+      } else {
+        std::memset(static_cast<void*>(h), 0, n * sizeof(V));
+      }
+    }
+
+    for (int64_t tile = span.first_tile; tile < span.last_tile; ++tile) {
+      const int64_t t0 = tile * tile_steps;
+      const int steps = static_cast<int>(std::min<int64_t>(tile_steps, a.l - t0));
+      if (token_B) read_tokens(B_tile, a.B, n, span, t0, steps);
+      if (token_C) read_tokens(C_tile, a.C, n, span, t0, steps);
+
+      for (int64_t k = 0; k < span.blocks; ++k) {
+        const Block block = p.block(a, span, k);
+        V* h = states + k * n;
+        if (a.checkpoints && !first) {
+          S* plane = static_cast<S*>(a.checkpoints) + (span.batch * p.tiles + tile) * n * a.d;
+          write_plane(plane, h, n, a.d, block);
+        }
+        Fetcher next = fetcher(a, p, span, tile, k, 1);
+        if (!first) {
+          for (const Rows* rows : {&a.x, &a.dt, &a.gate, &a.y}) next.add(*rows);
+        }
+        next.fetch_rest((n + K - 1) / K);
+
+        prepare(a, span.batch, t0, steps, block, dt, input, y);
+        if (first) {
+          for (int t = 0; t < steps; ++t) elapsed[k] += dt[t];
+        }
+        const BTerm B = term<token_B>(B_tile, B_fixed, a.B_constant, n, block);
+        const CTerm C = term<token_C>(C_tile, C_fixed, a.C_constant, n, block);
+        int64_t i = 0;
+        int pass = 0;
+        for (; i + K <= n; i += K) {
+          advance<K>(h + i, rates + k * n + i, B.from(i), C.from(i), dt, input, y, steps,
+                     next.pass(pass++));
+        }
+        for (; i < n; ++i) {
+          advance<1>(h + i, rates + k * n + i, B.from(i), C.from(i), dt, input, y, steps,
+                     next.pass(pass++));
+        }
+        if (!first) {
+          if (a.gate.data) {
+            V* gate = dt;
+            read_tile<S>(gate, a.gate, span.batch, t0, steps, block);
+            for (int t = 0; t < steps; ++t) y[t] *= gate[t] * sigmoid<S>(gate[t]);
+          }
+          write_tile<S>(y, a.y, span.batch, t0, steps, block);
+        }
+      }
+    }
+
+    for (int64_t k = 0; k < span.blocks; ++k) {
+      const Block block = p.block(a, span, k);
+      if (first) {
+        // The state that this chunk makes of zeros; join_chunks() turns it into the next one's.
+        write_plane(chunks.edges + (span.index + 1) * n * a.d, states + k * n, n, a.d, block);
+        write_vector<S>(chunks.elapsed + span.index * a.d, elapsed[k], block);
+      } else if (span.chunk == p.chunks - 1) {
+        write_channels<S>(static_cast<S*>(a.last_state) + span.batch * a.d * n, states + k * n, n,
+                       block);
+      }
+    }
+    return true;
+  }
+
+  // dt after bias and softplus, what drives the states (dt x), and the direct path (D x).
+  static void prepare(const Arguments& a, int64_t batch, int64_t t0, int steps, Block block,
+                      V* dt, V* input, V* y) {
+    const V bias = read_vector<S>(a.dt_bias, block), D = read_vector<S>(a.D, block);
+    read_tile<S>(dt, a.dt, batch, t0, steps, block);
+    read_tile<S>(input, a.x, batch, t0, steps, block);
+    if (a.softplus) {
+      for (int t = 0; t < steps; ++t) {
+        dt[t] = Softplus<S>(dt[t] + bias).value();
+        y[t] = D * input[t];
+        input[t] *= dt[t];
+      }
+    } else {
+      for (int t = 0; t < steps; ++t) {
+        dt[t] += bias;
+        y[t] = D * input[t];
+        input[t] *= dt[t];
+      }
+    }
+  }
+
+  template <bool per_token>
+  static Coefficient<S, per_token> term(const S* tile, V* fixed, const void* constant, int64_t n,
+                                        Block block) {
+    if constexpr (per_token) {
+      return {tile, n};
+    } else {
+      read_channels<S>(fixed, constant, n, block);
+      return {fixed, n};
+    }
+  }
+
+  // ---------------------------------------------------------------- backward
+
+  // Sums that spans make, added up once all have run.
+  struct Partials {
+    S *B, *C;              // (parts, b, l, g, n), for coefficients of tokens
+    S *rates;              // (b * chunks, d, n): dA
+    S *B_fixed, *C_fixed;  // (b * chunks, d, n), for constant coefficients
+    S *skip, *bias;        // (b * chunks, d): dD, ddt_bias
+  };
+
+  // The arrays of one tile of one block on the way back.
+  struct Tile {
+    V *x, *dt, *slope, *input, *y, *dy, *dgate, *by_rate, *by_input;
+  };
+
+  static bool backward_span(const Arguments& a, const Plan& p, const Span& span, bool first,
+                            Chunks chunks, const Partials& partial) {
+    const FlushDenormals flush;
+    const int64_t n = a.n, kn = span.blocks * n;
+    Workspace memory((3 * kn + (token_B ? 0 : kn) + (token_C ? 0 : kn) + 3 * span.blocks +
+                      3 * n + 9 * tile_steps + 2 * K * (tile_steps + 1) +
+                      2 * tile_steps * (n + K)) *
+                             sizeof(V) +
+                         2 * tile_steps * n * sizeof(S),
+                     25);
+    if (!memory) return false;
+    V* carries = memory.template take<V>(kn);
+    V* rates = memory.template take<V>(kn);
+    V* drates = memory.template take_zeros<V>(kn);
+    V* dB_fixed = memory.template take_zeros<V>(token_B ? 0 : kn);
+    V* dC_fixed = memory.template take_zeros<V>(token_C ? 0 : kn);
+    V* dskip = memory.template take_zeros<V>(span.blocks);
+    V* dbias = memory.template take_zeros<V>(span.blocks);
+    V* elapsed = memory.template take_zeros<V>(span.blocks);
+    V* B_fixed = memory.template take<V>(n);
+    V* C_fixed = memory.template take<V>(n);
+    V* start = memory.template take<V>(n);
+    Tile tile;
+    for (V** array : {&tile.x, &tile.dt, &tile.slope, &tile.input, &tile.y, &tile.dy,
+                      &tile.dgate, &tile.by_rate, &tile.by_input}) {
+      *array = memory.template take<V>(tile_steps);
+    }
+    V* trail = memory.template take<V>(2 * K * (tile_steps + 1));
+    // dB and dC of each token and state, still apart by lane: (state group, step, B or C, K).
+    V* tokens = memory.template take<V>(2 * tile_steps * (n + K));
+    S* B_tile = memory.template take<S>(tile_steps * n);
+    S* C_tile = memory.template take<S>(tile_steps * n);
+
+    for (int64_t k = 0; k < span.blocks; ++k) {
+      const Block block = p.block(a, span, k);
+      V* carry = carries + k * n;
+      read_rates(rates + k * n, a, block);
+      if (!first && p.chunks > 1) {
+        read_plane(carry, chunks.edges + span.index * n * a.d, n, a.d, block);
+      } else if (!first && a.dlast_state) {
+        read_channels<S>(carry, static_cast<const S*>(a.dlast_state) + span.batch * a.d * n, n,
+                         block);
+      } else {
+        std::memset(static_cast<void*>(carry), 0, n * sizeof(V));
+      }
+    }
+
+    for (int64_t at = span.last_tile - 1; at >= span.first_tile; --at) {
+      const int64_t t0 = at * tile_steps;
+      const int steps = static_cast<int>(std::min<int64_t>(tile_steps, a.l - t0));
+      if (token_B) read_tokens(B_tile, a.B, n, span, t0, steps);
+      if (token_C) read_tokens(C_tile, a.C, n, span, t0, steps);
+      if (!first && (token_B || token_C)) {
+        std::memset(static_cast<void*>(tokens), 0, 2 * tile_steps * (n + K) * sizeof(V));
+      }
+
+      for (int64_t k = 0; k < span.blocks; ++k) {
+        const Block block = p.block(a, span, k);
+        V* rate = rates + k * n;
+        V* carry = carries + k * n;
+        const BTerm B = term<token_B>(B_tile, B_fixed, a.B_constant, n, block);
+        const CTerm C = term<token_C>(C_tile, C_fixed, a.C_constant, n, block);
+        prepare_back(a, span.batch, t0, steps, block, tile);
+        if (first) {
+          for (int t = 0; t < steps; ++t) elapsed[k] += tile.dt[t];
+          retreat(carry, rate, C, tile.dt, tile.dy, n, steps);
+          continue;
+        }
+        Fetcher next = fetcher(a, p, span, at, k, -1);
+        for (const Rows* rows : {&a.x, &a.dt, &a.gate, &a.dy, &a.dx, &a.ddt, &a.dgate}) {
+          next.add(*rows);
+        }
+        next.fetch_rest(2 * ((n + K - 1) / K));
+        const S* plane =
+            static_cast<const S*>(a.checkpoints) + (span.batch * p.tiles + at) * n * a.d;
+        read_plane(start, plane, n, a.d, block);
+
+        const auto there_and_back = [&](auto states, int64_t i, int pass) {
+          constexpr int k_states = decltype(states)::value;
+          const Sums sums{drates + k * n + i, dB_fixed + k * n + i, dC_fixed + k * n + i,
+                          tokens + 2 * tile_steps * i};
+          replay<k_states>(start + i, rate + i, B.from(i), C.from(i), tile.dt, tile.input,
+                           tile.y, trail, steps, next.pass(pass));
+          walk_back<k_states>(carry + i, rate + i, B.from(i), C.from(i), tile.dt, tile.input,
+                              tile.dy, trail, sums, tile.by_rate, tile.by_input, steps,
+                              next.pass(pass + 1));
+        };
+        int64_t i = 0;
+        int pass = 0;
+        for (; i + K <= n; i += K, pass += 2) {
+          there_and_back(std::integral_constant<int, K>{}, i, pass);
+        }
+        for (; i < n; ++i, pass += 2) {
+          there_and_back(std::integral_constant<int, 1>{}, i, pass);
+        }
+        finish_back(a, span.batch, t0, steps, block, tile, dskip[k], dbias[k]);
+      }
+      if (!first) {
+        if (token_B) sum_tokens(partial.B, tokens, 0, a, span, t0, steps);
+        if (token_C) sum_tokens(partial.C, tokens, 1, a, span, t0, steps);
+      }
+    }
+
+    for (int64_t k = 0; k < span.blocks; ++k) {
+      const Block block = p.block(a, span, k);
+      if (first) {
+        write_plane(chunks.edges + (span.index - 1) * n * a.d, carries + k * n, n, a.d, block);
+        write_vector<S>(chunks.elapsed + span.index * a.d, elapsed[k], block);
+        continue;
+      }
+      if (a.dstate && span.chunk == 0) {
+        write_channels<S>(static_cast<S*>(a.dstate) + span.batch * a.d * n, carries + k * n, n,
+                       block);
+      }
+      const int64_t matrix = span.index * a.d * n, vector = span.index * a.d;
+      write_channels<S>(partial.rates + matrix, drates + k * n, n, block);
+      if (!token_B) write_channels<S>(partial.B_fixed + matrix, dB_fixed + k * n, n, block);
+      if (!token_C) write_channels<S>(partial.C_fixed + matrix, dC_fixed + k * n, n, block);
+      write_vector<S>(partial.skip + vector, dskip[k], block);
+      write_vector<S>(partial.bias + vector, dbias[k], block);
+    }
+    return true;
+  }
+
+  // What prepare() makes, and: dy before the gate, the gradient of the gate but for the factor y,
+  // and the slope of softplus.
+  static void prepare_back(const Arguments& a, int64_t batch, int64_t t0, int steps, Block block,
+                           const Tile& tile) {
+    const V bias = read_vector<S>(a.dt_bias, block), D = read_vector<S>(a.D, block);
+    read_tile<S>(tile.dt, a.dt, batch, t0, steps, block);
+    read_tile<S>(tile.x, a.x, batch, t0, steps, block);
+    read_tile<S>(tile.dy, a.dy, batch, t0, steps, block);
+    for (int t = 0; t < steps; ++t) {
+      V dt = tile.dt[t] + bias, slope = splat(S(1));
+      if (a.softplus) {
+        const Softplus<S> softplus(dt);
+        dt = softplus.value();
+        slope = softplus.slope();
+      }
+      tile.dt[t] = dt;
+      tile.slope[t] = slope;
+      tile.input[t] = dt * tile.x[t];
+      tile.y[t] = D * tile.x[t];
+      tile.by_rate[t] = tile.by_input[t] = V{};
+    }
+    if (a.gate.data) {
+      read_tile<S>(tile.dgate, a.gate, batch, t0, steps, block);
+      for (int t = 0; t < steps; ++t) {
+        const V z = tile.dgate[t], s = sigmoid<S>(z);
+        tile.dgate[t] = tile.dy[t] * (s + z * s * (S(1) - s));
+        tile.dy[t] *= z * s;
+      }
+    }
+  }
+
+  static void finish_back(const Arguments& a, int64_t batch, int64_t t0, int steps, Block block,
+                          const Tile& tile, V& dskip, V& dbias) {
+    const V D = read_vector<S>(a.D, block);
+    V skip{}, bias{};
+    for (int t = 0; t < steps; ++t) {
+      const V x = tile.x[t], dy = tile.dy[t], by_input = tile.by_input[t];
+      // The rates that by_rate was summed with carry a factor log2(e).
+      const V ddt = (tile.by_rate[t] * static_cast<S>(ln2) + by_input * x) * tile.slope[t];
+      bias += ddt;
+      skip += dy * x;
+      tile.by_rate[t] = ddt;
+      tile.by_input[t] = by_input * tile.dt[t] + dy * D;
+      tile.dgate[t] *= tile.y[t];
+    }
+    dskip += skip, dbias += bias;
+    write_tile<S>(tile.by_input, a.dx, batch, t0, steps, block);
+    write_tile<S>(tile.by_rate, a.ddt, batch, t0, steps, block);
+    if (a.gate.data) write_tile<S>(tile.dgate, a.dgate, batch, t0, steps, block);
+  }
+
+  // dB (half 0) or dC (half 1) of a tile: the lanes are added up.
+  static void sum_tokens(S* partial, const V* tokens, int half, const Arguments& a,
+                         const Span& span, int64_t t0, int steps) {
+    const int64_t n = a.n;
+    S* out = partial + (((span.part * a.b + span.batch) * a.l + t0) * a.g + span.group) * n;
+    for (int t = 0; t < steps; ++t, out += a.g * n) {
+      int64_t i = 0;
+      for (; i + K <= n; i += K) {
+        sum_lanes<K>(out + i, tokens + 2 * (tile_steps * i + t * K) + half * K);
+      }
+      for (; i < n; ++i) sum_lanes<1>(out + i, tokens + 2 * (tile_steps * i + t) + half);
+    }
+  }
+
+  // The sum of each of k vectors: 16 bytes at a time, then lane by lane.
+  template <int k>
+  static void sum_lanes(S* out, const V* vectors) {
+    using Quarter = typename VectorOf<S, 16>::type;
+    constexpr int count = 16 / sizeof(S);
+    const S* from = reinterpret_cast<const S*>(vectors);
+#pragma GCC unroll 8
+    for (int i = 0; i < k; ++i, from += lanes<S>) {
+      Quarter sum = read<Quarter>(from);
+      for (int j = count; j < lanes<S>; j += count) sum += read<Quarter>(from + j);
+      S total = sum[0];
+      for (int j = 1; j < count; ++j) total += sum[j];
+      out[i] = total;
+    }
+  }
+};
+
+// ---------------------------------------------------------------- between the spans
+
+// Walks the edges from chunk to chunk, forward (direction 1) or backward (-1): what a chunk is
+// given, decayed over the chunk, joins what the chunk made of zeros.
+template <typename S, typename Chunks>
+void join(const Arguments& a, const Plan& p, Chunks chunks, const S* given, int direction) {
+  const S* A = static_cast<const S*>(a.A);
+  const int64_t first = direction > 0 ? 0 : p.chunks - 1;
+  for (int64_t b = 0; b < a.b; ++b) {
+    for (int64_t c = 0; c < a.d; ++c) {
+      for (int64_t i = 0; i < a.n; ++i) {
+        S edge = given ? given[(b * a.d + c) * a.n + i] : S(0);
+        for (int64_t k = 0, chunk = first; k < p.chunks; ++k, chunk += direction) {
+          S* made = chunks.edges + ((b * p.chunks + chunk) * a.n + i) * a.d + c;
+          if (k > 0) edge += *made;
+          *made = edge;
+          edge *= std::exp(A[c * a.n + i] * chunks.elapsed[(b * p.chunks + chunk) * a.d + c]);
+        }
+      }
+    }
+  }
+}
+
+// Adds up `count` arrays of `size` numbers that lie one after another.
+template <typename S>
+void sum_arrays(S* out, const S* arrays, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    S sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += arrays[k * size + i];
+    out[i] = sum;
+  }
+}
+
+// dB or dC from the parts of one batch row.
+template <typename S>
+void gather_tokens(const Arguments& a, const Plan& p, const Rows& out, S* partial, int64_t batch) {
+  const int64_t row = a.l * a.g * a.n, all = a.b * row;
+  S* sum = partial + batch * row;
+  for (int64_t part = 1; part < p.parts; ++part) {
+    const S* more = sum + part * all;
+    for (int64_t i = 0; i < row; ++i) sum[i] += more[i];
+  }
+  with_storage<S>(out, [&](auto* data) {
+    for (int64_t t = 0; t < a.l; ++t) {
+      for (int64_t group = 0; group < a.g; ++group) {
+        auto* to = data + batch * out.batch + t * out.time + group * out.group;
+        const S* from = sum + (t * a.g + group) * a.n;
+        int64_t i = 0;
+        for (; i + lanes<S> <= a.n; i += lanes<S>) store(to + i, load(from + i));
+        if (i < a.n) store_part(to + i, load_part(from + i, a.n - i), a.n - i);
+      }
+    }
+  });
+}
+
+// Asks the system for large pages below a big output. Its memory is usually fresh, and to be
+// handed it in pages of 4 KB takes as long as a third of the arithmetic. A system that will not
+// is no error.
+void prefer_large_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t large = uintptr_t{1} << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + large - 1) / large * large;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / large * large;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+void prefer_large_pages(const Arguments& a, std::initializer_list<const Rows*> outputs) {
+  for (const Rows* rows : outputs) {
+    const size_t bytes = rows->dtype == float64 ? 8 : rows->dtype == float32 ? 4 : 2;
+    if (rows->data) prefer_large_pages(rows->data, a.b * a.l * a.d * bytes);
+  }
+}
+
+// Runs task(i) for every span and tells whether all of them had memory to work in.
+template <typename Task>
+bool run(int64_t count, int threads, const Task& task) {
+  std::atomic<bool> done{true};
+  for_each_task(count, threads, [&](int64_t i) {
+    if (!task(i)) done.store(false, std::memory_order_relaxed);
+  });
+  return done.load();
+}
+
+template <typename K, typename S>
+bool forward(const Arguments& a) {
+  const Plan p = plan(a, lanes<S>, 3);
+  prefer_large_pages(a, {&a.y});
+  if (a.checkpoints) {
+    prefer_large_pages(a.checkpoints, a.b * p.tiles * a.n * a.d * sizeof(S));
+  }
+  const int64_t edges = a.b * p.chunks * a.n * a.d, elapsed = a.b * p.chunks * a.d;
+  Workspace memory(p.chunks > 1 ? (edges + elapsed) * sizeof(S) : 0, 2);
+  if (!memory) return false;
+  typename K::Chunks chunks;
+  if (p.chunks > 1) {
+    chunks = {memory.take_zeros<S>(edges), memory.take_zeros<S>(elapsed)};
+    const bool done = run(p.tasks(a), p.threads, [&](int64_t task) {
+      const Span span = p.span(a, task);
+      return span.chunk == p.chunks - 1 || K::forward_span(a, p, span, true, chunks);
+    });
+    if (!done) return false;
+    join(a, p, chunks, static_cast<const S*>(a.state), 1);
+  }
+  return run(p.tasks(a), p.threads, [&](int64_t task) {
+    return K::forward_span(a, p, p.span(a, task), false, chunks);
+  });
+}
+
+template <typename K, typename S>
+bool backward(const Arguments& a) {
+  const Plan p = plan(a, lanes<S>, 2);
+  prefer_large_pages(a, {&a.dx, &a.ddt, &a.dgate});
+  const bool token_B = !a.B_constant, token_C = !a.C_constant;
+  const int64_t edges = p.chunks > 1 ? a.b * p.chunks * a.n * a.d : 0;
+  const int64_t elapsed = p.chunks > 1 ? a.b * p.chunks * a.d : 0;
+  const int64_t count = a.b * p.chunks, tokens = p.parts * a.b * a.l * a.g * a.n;
+  const int64_t matrix = count * a.d * a.n, vector = count * a.d;
+  Workspace memory((edges + elapsed + (token_B ? tokens : matrix) + (token_C ? tokens : matrix) +
+                    matrix + 2 * vector) *
+                       sizeof(S),
+                   9);
+  if (!memory) return false;
+  typename K::Chunks chunks;
+  if (p.chunks > 1) {
+    chunks = {memory.take_zeros<S>(edges), memory.take_zeros<S>(elapsed)};
+    const bool done = run(p.tasks(a), p.threads, [&](int64_t task) {
+      const Span span = p.span(a, task);
+      return span.chunk == 0 || K::backward_span(a, p, span, true, chunks, {});
+    });
+    if (!done) return false;
+    join(a, p, chunks, static_cast<const S*>(a.dlast_state), -1);
+  }
+  typename K::Partials partial{};
+  (token_B ? partial.B : partial.B_fixed) = memory.take<S>(token_B ? tokens : matrix);
+  (token_C ? partial.C : partial.C_fixed) = memory.take<S>(token_C ? tokens : matrix);
+  partial.rates = memory.take<S>(matrix);
+  partial.skip = memory.take<S>(vector);
+  partial.bias = memory.take<S>(vector);
+  const bool done = run(p.tasks(a), p.threads, [&](int64_t task) {
+    return K::backward_span(a, p, p.span(a, task), false, chunks, partial);
+  });
+  if (!done) return false;
+
+  for_each_task(a.b, p.threads, [&](int64_t batch) {
+    if (token_B) gather_tokens(a, p, a.dB, partial.B, batch);
+    if (token_C) gather_tokens(a, p, a.dC, partial.C, batch);
+  });
+  sum_arrays(static_cast<S*>(a.dA), partial.rates, count, a.d * a.n);
+  if (!token_B) sum_arrays(static_cast<S*>(a.dB_constant), partial.B_fixed, count, a.d * a.n);
+  if (!token_C) sum_arrays(static_cast<S*>(a.dC_constant), partial.C_fixed, count, a.d * a.n);
+  if (a.dD) sum_arrays(static_cast<S*>(a.dD), partial.skip, count, a.d);
+  if (a.ddt_bias) sum_arrays(static_cast<S*>(a.ddt_bias), partial.bias, count, a.d);
+  return true;
+}
+
+// Calls body(kernel, scalar) for the kernel that these arguments need.
+template <typename Body>
+bool with_kernel(const Arguments& a, const Body& body) {
+  const auto in = [&](auto scalar) {
+    using S = decltype(scalar);
+    // Told by the constants: the address of an empty tensor of tokens may be null.
+    if (!a.B_constant) {
+      return a.C_constant ? body(Kernel<S, true, false>{}, scalar)
+                          : body(Kernel<S, true, true>{}, scalar);
+    }
+    return a.C_constant ? body(Kernel<S, false, false>{}, scalar)
+                        : body(Kernel<S, false, true>{}, scalar);
+  };
+  return a.x.dtype == float64 ? in(double{}) : in(float{});
+}
+
+}  // namespace
+}  // namespace mambakit
+
+// Both return whether there was memory to work in.
+extern "C" {
+
+MK_EXPORT int64_t mk_scan_tile_steps() { return mambakit::tile_steps; }
+
+MK_EXPORT bool mk_scan_forward(const mambakit::ScanArguments* arguments) {
+  return mambakit::with_kernel(*arguments, [&](auto kernel, auto scalar) {
+    return mambakit::forward<decltype(kernel), decltype(scalar)>(*arguments);
+  });
+}
+
+MK_EXPORT bool mk_scan_backward(const mambakit::ScanArguments* arguments) {
+  return mambakit::with_kernel(*arguments, [&](auto kernel, auto scalar) {
+    return mambakit::backward<decltype(kernel), decltype(scalar)>(*arguments);
+  });
+}
+
+}  // extern "C"

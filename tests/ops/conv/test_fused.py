@@ -1,0 +1,123 @@
+"""The convolution as a registered operator: registration, tracing, second derivatives."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mambakit.ops import _backends, causal_conv1d
+
+pytestmark = pytest.mark.skipif(
+    _backends.why_not_fused(torch.device("cpu")) is not None,
+    reason=str(_backends.why_not_fused(torch.device("cpu"))),
+)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("l", [7, 1, 0])
+@pytest.mark.compiles
+def test_registration_is_sound(draw, requires_grad, optional, l):
+    x, weight, bias, state = draw(l=l, dtype=torch.float32)
+    inputs = [x, weight, bias if optional else None, state if optional else None]
+    for t in inputs:
+        if t is not None:
+            t.requires_grad_(requires_grad)
+    torch.library.opcheck(torch.ops.mambakit.causal_conv1d.default, (*inputs, True))
+    detached = [None if t is None else t.detach() for t in inputs]
+    dlast = torch.randn(2, 3, 3) if optional else None
+    torch.library.opcheck(
+        torch.ops.mambakit.causal_conv1d_backward.default,
+        (torch.randn(2, l, 3), dlast, *detached, True),
+    )
+
+
+@pytest.mark.compiles
+def test_registration_is_sound_when_dtypes_differ(draw):
+    x, weight, bias, state = draw(dtype=torch.float32)
+    x, bias = x.bfloat16(), bias.double()
+    inputs = [t.requires_grad_() for t in (x, weight, bias, state)]
+    torch.library.opcheck(torch.ops.mambakit.causal_conv1d.default, (*inputs, True))
+    y, last = causal_conv1d(x, weight, bias, activation="silu", state=state, backend="fused")
+    gradients = torch.autograd.grad(y.sum() + last.sum(), inputs)
+    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
+
+
+def test_a_second_derivative_is_refused(draw):
+    x, weight, bias, _ = draw()
+    x.requires_grad_()
+    y = causal_conv1d(x, weight, bias, activation="silu", backend="fused").y
+    with pytest.raises(RuntimeError, match="second derivatives exist only with backend"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_the_reference_has_second_derivatives(draw):
+    x, weight, bias, state = (t.requires_grad_() for t in draw(b=1, l=4, d=2, w=3))
+    assert torch.autograd.gradgradcheck(
+        lambda *a: causal_conv1d(*a[:3], activation="silu", state=a[3], backend="reference"),
+        (x, weight, bias, state),
+    )
+
+
+def test_only_the_state_may_ask_for_gradients(draw, assert_near):
+    x, weight, bias, state = draw(l=2)
+    state.requires_grad_()
+    last = causal_conv1d(x, weight, bias, state=state, backend="fused").state
+    (gradient,) = torch.autograd.grad(last.sum(), state)
+    assert_near(gradient, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(2, 3, 3))
+
+
+@pytest.mark.compiles
+def test_compiles_to_one_graph_for_all_lengths(draw, assert_near):
+    count = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=count)
+    def run(x, weight, bias, state):
+        y, last = causal_conv1d(x, weight, bias, activation="silu", state=state)
+        return y * 2, last
+
+    for l in (5, 64, 129):
+        inputs = [t.requires_grad_() for t in draw(l=l, dtype=torch.float32)]
+        torch._dynamo.mark_dynamic(inputs[0], 1)
+        x, weight, bias, state = inputs
+        compiled = run(*inputs)
+        eager = causal_conv1d(x, weight, bias, activation="silu", state=state)
+        assert_near(compiled[0], eager.y * 2)
+        assert torch.equal(compiled[1], eager.state)
+        got = torch.autograd.grad((compiled[0].sum(), compiled[1].sum()), inputs)
+        wanted = torch.autograd.grad((2 * eager.y.sum(), eager.state.sum()), inputs)
+        for g, w in zip(got, wanted, strict=True):
+            assert_near(g, w)
+    assert count.frame_count == 1
+
+
+@pytest.mark.compiles
+def test_inductor_keeps_the_layout_of_the_state(draw):
+    x, weight, bias, state = draw(dtype=torch.float32)
+
+    @torch.compile(fullgraph=True)
+    def run(x, state):
+        y, last = causal_conv1d(2 * x, weight, bias, state=state)
+        return causal_conv1d(y, weight, bias, state=last)
+
+    got, wanted = run(x, state), causal_conv1d(2 * x, weight, bias, state=state)
+    wanted = causal_conv1d(wanted.y, weight, bias, state=wanted.state)
+    assert torch.equal(got.y, wanted.y)
+    assert torch.equal(got.state, wanted.state)
+    assert got.state.stride() == wanted.state.stride()
+
+
+@pytest.mark.compiles
+def test_exports_with_a_dynamic_length(draw, assert_near):
+    class Filter(torch.nn.Module):
+        def forward(self, x, weight, bias):
+            return causal_conv1d(x, weight, bias, activation="silu")
+
+    x, weight, bias, _ = draw(dtype=torch.float32)
+    length = torch.export.Dim("length", min=1)
+    program = torch.export.export(
+        Filter(), (x, weight, bias), dynamic_shapes=({1: length}, None, None)
+    )
+    longer = torch.randn(2, 50, 3)
+    got = program.module()(longer, weight, bias)
+    assert_near(got[0], causal_conv1d(longer, weight, bias, activation="silu").y)

@@ -1,0 +1,141 @@
+"""The scans as registered operators: sound, and one graph for every length under compilers."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mambakit.ops import selective_scan, selective_step
+
+pytestmark = pytest.mark.compiles
+
+OPERATORS = {"parallel": "parallel_scan", "fused": "selective_scan"}
+OVER_TIME = ("x", "dt", "B", "C", "gate")
+
+
+def arguments(inputs, *, save):
+    names = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state")
+    return (*(inputs.get(name) for name in names), inputs["dt_softplus"], save)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "B", "without"),
+    [
+        (torch.float32, "token", ()),
+        (torch.float64, "grouped", ("gate", "state")),
+        (torch.bfloat16, "constant", ("D", "dt_bias")),
+    ],
+)
+def test_operators_are_sound(fast_backend, draw, requires_grad, dtype, B, without):
+    inputs = draw(l=70, B=B, dtype=dtype, without=without)
+    inputs = {
+        k: v.requires_grad_(requires_grad) if torch.is_tensor(v) else v
+        for k, v in inputs.items()
+    }
+    operator = getattr(torch.ops.mambakit, OPERATORS[fast_backend]).default
+    # a call that asks for gradients always saves
+    torch.library.opcheck(operator, arguments(inputs, save=requires_grad))
+
+
+@pytest.mark.parametrize("l", [0, 70])
+@pytest.mark.parametrize("without", [(), ("gate", "state"), ("D", "dt_bias")])
+def test_backward_operators_are_sound(fast_backend, draw, without, l):
+    inputs = draw(l=l, B="constant", C="grouped", without=without, dtype=torch.float32)
+    forward = getattr(torch.ops.mambakit, OPERATORS[fast_backend]).default
+    y, last, checkpoints = forward(*arguments(inputs, save=True))
+    *given, softplus, _ = arguments(inputs, save=True)
+    backward = getattr(torch.ops.mambakit, f"{OPERATORS[fast_backend]}_backward").default
+    for dlast in (None, torch.ones_like(last)):
+        torch.library.opcheck(
+            backward, (torch.ones_like(y), dlast, *given, checkpoints, softplus)
+        )
+
+
+def test_meta_tensors_have_the_shapes_and_dtypes(fast_backend, draw):
+    inputs = draw(dtype=torch.bfloat16)
+    operator = getattr(torch.ops.mambakit, OPERATORS[fast_backend]).default
+    real = operator(*arguments(inputs, save=True))
+    meta = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in inputs.items()}
+    for a, b in zip(operator(*arguments(meta, save=True)), real, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert a.stride() == b.stride()
+
+
+class _Graphs:
+    """A compiler backend that counts the graphs it is given."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, example_inputs):
+        self.count += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_one_graph_serves_every_length(fast_backend, draw, train):
+    torch._dynamo.reset()
+    graphs = _Graphs()
+    compiled = torch.compile(selective_scan, fullgraph=True, backend=graphs)
+    for l in (70, 33, 129, 64, 200):
+        inputs = draw(l=l, dtype=torch.float32)
+        for name in OVER_TIME:
+            torch._dynamo.mark_dynamic(inputs[name], 1)
+        leaves = [v.requires_grad_(train) for v in inputs.values() if torch.is_tensor(v)]
+        wanted = selective_scan(**inputs, backend=fast_backend)
+        got = compiled(**inputs, backend=fast_backend)
+        assert_close(got.y, wanted.y, rtol=0, atol=0)
+        assert_close(got.state, wanted.state, rtol=0, atol=0)
+        if train:
+            loss, true = (o.y.sum() + o.state.sum() for o in (got, wanted))
+            for a, b in zip(
+                torch.autograd.grad(loss, leaves),
+                torch.autograd.grad(true, leaves),
+                strict=True,
+            ):
+                assert_close(a, b, rtol=0, atol=0)
+    assert graphs.count == 1
+
+
+def test_a_step_compiles_to_one_graph(fast_backend, draw):
+    torch._dynamo.reset()
+    inputs = draw(l=1, dtype=torch.float32)
+    at = {k: v[:, 0] if k in OVER_TIME else v for k, v in inputs.items()}
+    compiled = torch.compile(selective_step, fullgraph=True, backend="aot_eager")
+    wanted = selective_step(**at, backend=fast_backend)
+    got = compiled(**at, backend=fast_backend)
+    assert_close(got.y, wanted.y, rtol=0, atol=0)
+    assert_close(got.state, wanted.state, rtol=0, atol=0)
+
+
+def test_bad_input_is_refused_while_tracing(draw):
+    torch._dynamo.reset()
+    inputs = draw(dtype=torch.float32)
+    compiled = torch.compile(selective_scan, backend="eager")
+    with pytest.raises(ValueError, match="selective_scan: D must have shape"):
+        compiled(**inputs | {"D": torch.ones(5)})
+
+
+class _Scan(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, x, dt, A, B, C):
+        return selective_scan(x, dt, A, B, C, backend=self.backend)
+
+
+def test_export_with_any_length(fast_backend, draw):
+    def inputs(l):
+        drawn = draw(l=l, dtype=torch.float32)
+        return tuple(drawn[k] for k in ("x", "dt", "A", "B", "C"))
+
+    l = torch.export.Dim("l", min=2, max=1 << 20)
+    dynamic = {"x": {1: l}, "dt": {1: l}, "A": None, "B": {1: l}, "C": {1: l}}
+    program = torch.export.export(_Scan(fast_backend), inputs(70), dynamic_shapes=dynamic)
+    for length in (2, 65, 300):
+        got = program.module()(*inputs(length))
+        wanted = _Scan(fast_backend)(*inputs(length))
+        assert_close(got.y, wanted.y, rtol=0, atol=0)
+        assert_close(got.state, wanted.state, rtol=0, atol=0)
