@@ -1,0 +1,87 @@
+"""Files and folders that are there whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def _sync(path: Path) -> None:
+    """Push a file, or every file of a folder, out to the disk."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``target`` that takes its place when the block ends.
+
+    The caller writes a file, or makes a folder, at the path given. A process killed at
+    any moment, or a disk that fills up, leaves whatever was at ``target`` as it was.
+    A folder can only be new: one that exists is never overwritten.
+
+    Args:
+        target: The path that is to exist whole or not at all.
+
+    Raises:
+        RuntimeError: The operating system refused; the sentence names ``target`` and
+            the reason.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "notes.txt"
+        >>> with replacing(target) as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> target.read_text()
+        'whole'
+    """
+    # the process id keeps two processes that share a cache out of each other's way
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise RuntimeError(f"cannot write {target}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise RuntimeError(f"cannot write {target}: {error}") from error
+    finally:
+        if temporary.exists():
+            _remove(temporary)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left behind in ``folder`` on its way to a target."""
+    for leftover in folder.glob(".*.tmp"):
+        _remove(leftover)
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a UTF-8 file, or raise one sentence that names it and says ``what`` it is.
+
+    Raises:
+        ValueError: The file is missing, cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{what} {path} must be UTF-8, got the byte 0x{error.object[error.start]:02x} "
+            f"at offset {error.start}"
+        ) from error

@@ -1,0 +1,145 @@
+"""Tokens to hidden vectors: embedding, the stack of blocks, the last norm."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mambakit.modules import Block, Mamba, RMSNorm
+from mambakit.ops._backends import Backend
+
+from .config import MambaConfig
+from .state import ModelState
+
+
+class Backbone(nn.Module):
+    """Turn tokens into one vector at each position, which has seen all tokens up to it.
+
+    Args:
+        config: Sizes and choices.
+        backend: Implementation of the scans and convolutions, as in ``selective_scan``.
+        device: Where the parameters are made.
+        dtype: Dtype of the parameters; ``None`` means torch's default. Each mixer's ``A_log``,
+            ``D`` and the bias of its ``dt_proj`` have at least float32.
+
+    The embedding is drawn from a normal distribution of deviation 0.02, each mixer's
+    ``out_proj`` is divided by ``sqrt(n_layer)``, and the rest is drawn as ``Mamba`` says.
+
+    Source: Gu and Dao, "Mamba", 2023, section 3.4, and the authors' code.
+
+    Example:
+        >>> from mambakit import MambaConfig
+        >>> backbone = Backbone(MambaConfig(d_model=16, n_layer=2, vocab_size=32))
+        >>> x, state = backbone(torch.arange(5)[None])
+        >>> x.shape
+        torch.Size([1, 5, 16])
+    """
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        *,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        m = config.d_model
+        self.embedding = nn.Embedding(config.padded_vocab_size, m, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            self._draw_block(backend, device, dtype) for _ in range(config.n_layer)
+        )
+        self.norm_f = RMSNorm(m, config.norm_eps, device=device, dtype=dtype)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def _draw_block(
+        self,
+        backend: Backend,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> Block:
+        config = self.config
+        mixer = Mamba(
+            config.d_model,
+            config.d_state,
+            config.d_conv,
+            config.expand,
+            config.dt_rank,
+            bias=config.bias,
+            conv_bias=config.conv_bias,
+            dt_min=config.dt_min,
+            dt_max=config.dt_max,
+            dt_init_floor=config.dt_init_floor,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        with torch.no_grad():
+            # n_layer branches are added up: this keeps the variance of their sum from growing.
+            mixer.out_proj.weight.div_(config.n_layer**0.5)
+        return Block(
+            mixer, config.d_model, norm_eps=config.norm_eps, device=device, dtype=dtype
+        )
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b l"],
+        state: ModelState | None = None,
+        *,
+        last_only: bool = False,
+    ) -> tuple[Float[Tensor, "b _ m"], ModelState]:
+        """Return the normalised vectors and the state after the last token.
+
+        ``state=None`` begins a sequence. With ``last_only`` the vector of the last position
+        alone comes back, with ``l = 1``.
+
+        Raises:
+            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)``, or ``state`` is of
+                a model of other sizes or of another number of sequences.
+        """
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"MambaLM: tokens must be int64 or int32 of shape (b, l), "
+                f"got {str(tokens.dtype).removeprefix('torch.')} of shape {tuple(tokens.shape)}"
+            )
+        if state is not None:
+            self._check_state(state, tokens)
+
+        x = self.embedding(tokens)
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        after = []
+        for i, block in enumerate(self.layers):
+            x, layer = block(x, None if state is None else state.layers[i])
+            after.append(layer)
+        if last_only:
+            x = x[:, -1:]
+        return self.norm_f(x), ModelState(tuple(after))
+
+    def _check_state(self, state: ModelState, tokens: Tensor) -> None:
+        config, b = self.config, tokens.shape[0]
+        if not isinstance(state, ModelState):
+            raise ValueError(
+                f"MambaLM: state must be a ModelState or None, got {type(state).__name__}"
+            )
+        if len(state.layers) != config.n_layer:
+            raise ValueError(
+                f"MambaLM: state must have {config.n_layer} layers, got {len(state.layers)}: "
+                "it is another model's"
+            )
+        for i, layer in enumerate(state.layers):
+            for name, tensor, size in (
+                ("conv", layer.conv, config.d_conv - 1),
+                ("ssm", layer.ssm, config.d_state),
+            ):
+                shape = tensor.shape
+                if shape[1:] != (config.d_inner, size):
+                    raise ValueError(
+                        f"MambaLM: state must have {name} of (b, {config.d_inner}, {size}) in "
+                        f"layer {i}, got {tuple(shape)}: it is another model's"
+                    )
+                if shape[0] != b:
+                    raise ValueError(
+                        f"MambaLM: state must hold as many sequences as tokens, {b}, "
+                        f"got {shape[0]}"
+                    )

@@ -1,0 +1,110 @@
+"""The language model: a backbone and a layer that scores the next token."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mambakit.modules import Linear
+from mambakit.ops._backends import Backend
+
+from .backbone import Backbone
+from .config import MambaConfig
+from .state import ModelState
+
+
+class LMOutput(NamedTuple):
+    """What a language model returns: the next token's ``logits``, and the ``state``."""
+
+    logits: Float[Tensor, "b l v"]
+    state: ModelState
+
+
+class MambaLM(nn.Module):
+    """Score every possible next token after each token of a sequence.
+
+        logits = lm_head(backbone(tokens)),        P(token_{t+1}) = softmax(logits_t)
+
+    Args:
+        config: Sizes and choices.
+        backend: Implementation of the scans and convolutions: ``"auto"`` takes the fastest of
+            the device; see ``mambakit.ops.selective_scan``.
+        device: Where the parameters are made; ``"meta"`` makes none, to count or to load.
+        dtype: Dtype of the parameters; ``None`` means torch's default. Each mixer's ``A_log``,
+            ``D`` and the bias of its ``dt_proj`` have at least float32, now and after every
+            ``.to(dtype)``, and so has the scans' arithmetic.
+
+    Parameters are named as in the authors' checkpoints, and drawn as ``Backbone`` says; an
+    ``lm_head`` of its own has PyTorch's distribution. Those that weight decay must leave alone
+    carry the attribute ``_no_weight_decay``.
+
+    Source: Gu and Dao, "Mamba", 2023, section 3.4, and the authors' code.
+
+    Example:
+        >>> model = MambaLM(MambaConfig(d_model=16, n_layer=2, vocab_size=32))
+        >>> tokens = torch.randint(32, (2, 12))
+        >>> whole = model(tokens)
+        >>> left = model(tokens[:, :5])
+        >>> right = model(tokens[:, 5:], left.state)
+        >>> torch.testing.assert_close(right.logits, whole.logits[:, 5:])
+    """
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        *,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config, backend=backend, device=device, dtype=dtype)
+        self.lm_head = Linear(
+            config.d_model,
+            config.padded_vocab_size,
+            bias=False,
+            device="meta" if config.tie_embeddings else device,
+            dtype=dtype,
+        )
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.backbone.embedding.weight.device
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b l"],
+        state: ModelState | None = None,
+        *,
+        last_only: bool = False,
+    ) -> LMOutput:
+        """Return the logits at each position and the state after the last token.
+
+        Args:
+            tokens: Token ids, int64 or int32, each in ``[0, vocab_size)``. Any ``l >= 0``.
+            state: What an earlier call returned, to go on with its sequences; ``None`` begins.
+            last_only: Score the last position only: ``logits`` are ``(b, 1, v)``. In prefill
+                this saves most of the output layer.
+
+        Returns:
+            ``logits`` in the dtype of the parameters, over the padded vocabulary, whose ids
+            from ``vocab_size`` on mean nothing; and the ``state``. Both carry gradients.
+
+        Raises:
+            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)``, or ``state`` is of
+                a model of other sizes or of another number of sequences.
+            RuntimeError: The backend that was named cannot run on this device.
+        """
+        x, state = self.backbone(tokens, state, last_only=last_only)
+        return LMOutput(self.lm_head(x), state)
+
+    def generate(self, tokens: Int[Tensor, "b l"], **settings: Any) -> Int[Tensor, "b l_out"]:
+        """Continue ``tokens``, by the settings of ``mambakit.generation.generate``."""
+        from mambakit.generation import generate
+
+        return generate(self, tokens, **settings)

@@ -1,0 +1,53 @@
+"""One layer of the stack: normalise, mix along time, add to the residual stream."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .mamba import Mamba, MixerState
+from .norm import RMSNorm
+
+
+class Block(nn.Module):
+    """Add to the residual stream what the mixer makes of its normalised copy.
+
+        y = x + mixer(norm(x))
+
+    Args:
+        mixer: Maps ``(x, state)`` to ``(y, state)`` at width ``m``.
+        m: Width of the stream.
+        norm_eps: ``eps`` of the RMSNorm.
+        device: Where the norm's gain is made.
+        dtype: Dtype of the norm's gain; ``None`` means torch's default.
+
+    ``y`` has the dtype that ``x`` and the mixer's output promote to: a float32 stream stays
+    float32 whatever the mixer computes in.
+
+    Source: Gu and Dao, "Mamba", 2023, figure 3 and section 3.4.
+
+    Example:
+        >>> block = Block(Mamba(16), 16)
+        >>> x = torch.randn(2, 5, 16)
+        >>> y, state = block(x)
+        >>> torch.testing.assert_close(y, x + block.mixer(block.norm(x))[0])
+    """
+
+    def __init__(
+        self,
+        mixer: Mamba,
+        m: int,
+        *,
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = RMSNorm(m, norm_eps, device=device, dtype=dtype)
+        self.mixer = mixer
+
+    def forward(
+        self, x: Float[Tensor, "b l m"], state: MixerState | None = None
+    ) -> tuple[Float[Tensor, "b l m"], MixerState]:
+        """Return the stream after this layer, and the state; ``None`` begins a sequence."""
+        y, state = self.mixer(self.norm(x), state)
+        return x + y, state

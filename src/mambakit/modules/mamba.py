@@ -1,0 +1,249 @@
+"""The Mamba block's mixer: a gated selective scan behind a short causal convolution."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mambakit.ops import causal_conv1d, selective_scan
+from mambakit.ops._backends import Backend
+
+from ._parameters import at_least_float32, exempt_from_decay
+from .linear import Linear, linear
+
+
+class MixerState(NamedTuple):
+    """All that a mixer remembers of a sequence, of a size that does not grow with it.
+
+    ``conv`` holds the last ``w - 1`` inputs of the convolution, oldest first; ``ssm`` holds the
+    state of the scan, in at least float32.
+    """
+
+    conv: Float[Tensor, "b d w-1"]
+    ssm: Float[Tensor, "b d n"]
+
+    def rows(self, index: slice | Tensor) -> "MixerState":
+        """Return the state of some sequences of the batch."""
+        return type(self)(self.conv[index], self.ssm[index])
+
+    def detach(self) -> "MixerState":
+        """Return the same numbers, cut off from the graph that computed them."""
+        return type(self)(self.conv.detach(), self.ssm.detach())
+
+    def to(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "MixerState":
+        """Move the state; ``dtype`` is that of ``conv``, and ``ssm`` keeps at least float32."""
+        wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
+        return type(self)(
+            self.conv.to(device=device, dtype=dtype), self.ssm.to(device=device, dtype=wide)
+        )
+
+
+class StepProjection(Linear):
+    """Expand the low-rank step to all channels, and leave the bias to the scan.
+
+        dt_raw = weight dt_low,        dt = softplus(dt_raw + bias)     (in the scan)
+
+    The scan adds ``bias`` in float32: in bfloat16 the sum would move each step by up to 1 %.
+    A module that takes this one's place (an adapter around it, say) must do the same: return
+    the product without the bias, and show the bias as its attribute ``bias``. ``bias`` stays
+    in at least float32 when the module is converted to a shorter dtype.
+
+    Example:
+        >>> projection = StepProjection(3, 8)
+        >>> dt_low = torch.randn(2, 5, 3)
+        >>> torch.testing.assert_close(projection(dt_low), dt_low @ projection.weight.T)
+    """
+
+    def __init__(
+        self,
+        r: int,
+        d: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(r, d, bias=True, device=device, dtype=dtype)
+        self._apply(lambda tensor: tensor)
+        exempt_from_decay(self.bias)
+
+    def forward(self, input: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch d"]:
+        """Return ``weight input``."""
+        return linear(input, self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StepProjection":
+        return super()._apply(at_least_float32(fn, (self.bias,)), recurse)
+
+
+class Mamba(nn.Module):
+    """Mix a sequence along time by a state space that selects what it keeps.
+
+        x, z         = in_proj(u)                             d = expand m channels each
+        x            = silu(conv1d(x))                        causal, depthwise, width w
+        dt_low, B, C = x_proj(x)                              r, n and n numbers each step
+        dt           = softplus(dt_proj(dt_low) + bias)
+        h_t          = exp(dt_t A) h_{t-1} + dt_t B_t x_t     A = -exp(A_log)
+        y            = out_proj((C_t . h_t + D x_t) * silu(z_t))
+
+    Args:
+        d_model: Width ``m`` of input and output.
+        d_state: State size ``n`` of each channel, from 1 to 256.
+        d_conv: Width ``w`` of the convolution, at least 1.
+        expand: Inner channels for each channel of the model.
+        dt_rank: Rank ``r`` of the step's projection; ``"auto"`` is ``ceil(d_model / 16)``.
+        bias: Whether ``in_proj`` and ``out_proj`` have a bias.
+        conv_bias: Whether the convolution has a bias.
+        dt_min: Smallest step at initialisation.
+        dt_max: Largest step at initialisation.
+        dt_init_floor: Steps drawn below it are raised to it.
+        backend: Implementation of the scan and the convolution, as in ``selective_scan``.
+        device: Where the parameters are made.
+        dtype: Dtype of the projections; ``None`` means torch's default. ``A_log``, ``D`` and
+            the bias of ``dt_proj`` have at least float32, now and after every ``.to(dtype)``.
+
+    The projections are called as modules, so adapters may be put around them (around
+    ``dt_proj`` as ``StepProjection`` says); ``conv1d`` only holds the convolution's weights.
+    ``A_log``, ``D`` and all biases carry the mark ``_no_weight_decay``.
+
+    At first ``A_log = log(1..n)`` in each channel, ``D = 1``, ``dt_proj.weight`` is uniform
+    within ``r**-0.5``, and its bias is such that the step is log-uniform in
+    ``[dt_min, dt_max]`` where ``dt_raw = 0``. The other weights have PyTorch's own
+    distributions, and biases of projections are zero.
+
+    Raises:
+        ValueError: A size is less than 1, ``d_state`` exceeds 256, or the steps are not
+            ``0 < dt_min <= dt_max`` and ``0 < dt_init_floor``.
+
+    Source: Gu and Dao, "Mamba", 2023, section 3.4 and algorithm 2; initialisation as in the
+    authors' code, section 3.6 and appendix E.
+
+    Example:
+        >>> mixer = Mamba(16)
+        >>> u = torch.randn(2, 10, 16)
+        >>> whole, end = mixer(u)
+        >>> left, state = mixer(u[:, :6])
+        >>> right, state = mixer(u[:, 6:], state)
+        >>> torch.testing.assert_close(torch.cat([left, right], dim=1), whole)
+        >>> torch.testing.assert_close(state.ssm, end.ssm)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        *,
+        bias: bool = False,
+        conv_bias: bool = True,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dt_init_floor: float = 1e-4,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        sizes = {
+            "d_model": d_model, "d_state": d_state, "d_conv": d_conv, "expand": expand,
+            "dt_rank": rank,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"Mamba: {name} must be at least 1, got {size}")
+        if d_state > 256:
+            raise ValueError(f"Mamba: d_state must be at most 256, got {d_state}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(
+                f"Mamba: dt_min must be positive and at most dt_max, got {dt_min} and {dt_max}"
+            )
+        if dt_init_floor <= 0:
+            raise ValueError(f"Mamba: dt_init_floor must be positive, got {dt_init_floor}")
+
+        d = expand * d_model
+        self.d_state = d_state
+        self.dt_rank = rank
+        self.backend: Backend = backend
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+
+        self.in_proj = Linear(d_model, 2 * d, bias=bias, **where)
+        self.conv1d = nn.Conv1d(d, d, d_conv, groups=d, bias=conv_bias, **where)
+        self.x_proj = Linear(d, rank + 2 * d_state, bias=False, **where)
+        self.dt_proj = StepProjection(rank, d, **where)
+        self.A_log = nn.Parameter(torch.empty(d, d_state, device=device, dtype=wide))
+        self.D = nn.Parameter(torch.empty(d, device=device, dtype=wide))
+        self.out_proj = Linear(d, d_model, bias=bias, **where)
+        exempt_from_decay(
+            self.A_log, self.D, self.in_proj.bias, self.conv1d.bias, self.out_proj.bias
+        )
+        self._draw_parameters(dt_min, dt_max, dt_init_floor)
+
+    @torch.no_grad()
+    def _draw_parameters(self, dt_min: float, dt_max: float, dt_init_floor: float) -> None:
+        """Draw what PyTorch's own initialisation of the layers does not give as published."""
+        for projection in (self.in_proj, self.out_proj):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+        bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        bias = self.dt_proj.bias
+        log_dt = torch.empty_like(bias).uniform_(math.log(dt_min), math.log(dt_max))
+        dt = log_dt.exp().clamp(min=dt_init_floor)
+        # The inverse of softplus, log(exp(dt) - 1), without the cancellation at small dt.
+        bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+        n = self.A_log.shape[1]
+        self.A_log.copy_(torch.arange(1, n + 1, device=self.A_log.device).log())
+        nn.init.ones_(self.D)
+
+    def forward(
+        self, x: Float[Tensor, "b l m"], state: MixerState | None = None
+    ) -> tuple[Float[Tensor, "b l m"], MixerState]:
+        """Mix ``x`` along time, going on from ``state``, and return the state after it too.
+
+        ``state=None`` begins a sequence. Gradients flow through both states.
+
+        Raises:
+            ValueError: ``x`` or ``state`` has other sizes than the module or than each other.
+            RuntimeError: The backend that was named cannot run on the device of ``x``.
+        """
+        before = (None, None) if state is None else state
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, conv = causal_conv1d(
+            u,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            state=before[0],
+            backend=self.backend,
+        )
+        n = self.d_state
+        dt_low, B, C = self.x_proj(u).split((self.dt_rank, n, n), dim=-1)
+        y, ssm = selective_scan(
+            u,
+            self.dt_proj(dt_low),
+            -torch.exp(self.A_log),
+            B,
+            C,
+            self.D,
+            gate=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            state=before[1],
+            backend=self.backend,
+        )
+        return self.out_proj(y), MixerState(conv, ssm)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Mamba":
+        return super()._apply(at_least_float32(fn, (self.A_log, self.D)), recurse)

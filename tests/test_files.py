@@ -1,0 +1,67 @@
+"""Laws of writing: a target is whole or as it was."""
+
+import errno
+
+import pytest
+
+from mambakit._files import read_text, replacing, sweep
+
+
+def test_an_error_leaves_the_old_file_and_no_rubbish(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def write_half():
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with replacing(tmp_path / "deep" / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("1")
+        assert not (tmp_path / "deep" / "folder").exists()
+    assert (tmp_path / "deep" / "folder" / "a").read_text() == "1"
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    def write():
+        with replacing(tmp_path / "file"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RuntimeError, match=r"cannot write .*file: No space left on device$"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_below_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+
+    def write():
+        with replacing(tmp_path / "file" / "inside") as temporary:
+            temporary.write_text("never")
+
+    with pytest.raises(RuntimeError, match=r"cannot write .*inside: "):
+        write()
+
+
+def test_sweep_removes_leftovers_only(tmp_path):
+    (tmp_path / ".file.123.tmp").write_text("half")
+    (tmp_path / ".folder.123.tmp").mkdir()
+    (tmp_path / "file").write_text("whole")
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_reading_names_the_file_and_the_byte(tmp_path):
+    (tmp_path / "file").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match=r"config .*file must be UTF-8.*0xff at offset 2"):
+        read_text(tmp_path / "file", "config")
+    with pytest.raises(ValueError, match=r"cannot read config .*none: No such file"):
+        read_text(tmp_path / "none", "config")
