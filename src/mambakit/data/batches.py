@@ -1,0 +1,220 @@
+"""Batches of tokens from one long text, in an order that a seed fixes and a resume keeps."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Inputs, what follows each of them, and whether the state starts anew.
+
+    Attributes:
+        inputs: Tokens, int64.
+        targets: The token after each input.
+        fresh: ``True`` where the rows do not continue those of the batch before, so that
+            the model must start from no state.
+    """
+
+    inputs: Int[Tensor, "b l"]
+    targets: Int[Tensor, "b l"]
+    fresh: bool
+
+
+class Batches(Protocol):
+    """An endless source of batches whose place is a small value."""
+
+    def next(self) -> Batch:
+        """Take the next batch."""
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the place in the sequence of batches, as numbers that JSON can hold."""
+        ...
+
+    def load_state_dict(self, place: dict[str, int]) -> None:
+        """Go to a place that ``state_dict`` gave."""
+        ...
+
+
+def _check(kind: str, tokens: NDArray, batch_size: int, length: int, name: str) -> None:
+    for argument, value in (("batch_size", batch_size), ("length", length)):
+        if value < 1:
+            raise ValueError(f"{kind}: {argument} must be at least 1, got {value}")
+    needed = length + 1 if kind == "PackedBatches" else batch_size * length + 1
+    if len(tokens) < needed:
+        shape = (
+            f"a window of length {length}"
+            if kind == "PackedBatches"
+            else f"{batch_size} streams of length {length}"
+        )
+        raise ValueError(
+            f"{kind}: the {name} text must hold {shape} and one token more ({needed} tokens), "
+            f"got {len(tokens)}"
+        )
+
+
+def _gather(tokens: NDArray, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
+    rows = np.empty((len(starts), length + 1), dtype=np.int64)
+    for row, start in zip(rows, starts, strict=True):
+        row[:] = tokens[start : start + length + 1]
+    whole = torch.from_numpy(rows)
+    return whole[:, :-1], whole[:, 1:]
+
+
+class PackedBatches:
+    """Draw windows from documents laid end to end, each window once in an epoch.
+
+    In epoch ``e`` the text is cut into windows of ``length`` targets, starting at an offset
+    drawn for that epoch so that the cuts fall elsewhere each time, and the windows come in
+    a random order. Both depend on ``(seed, e)`` alone: the place is two integers. A batch may
+    take its first rows from one epoch and its last from the next.
+
+    Args:
+        tokens: The text; slices of it are read when they are needed.
+        batch_size: Rows ``b``.
+        length: Inputs in each row ``l``.
+        seed: Fixes the order.
+        name: What to call the text in errors.
+
+    Raises:
+        ValueError: The text is shorter than ``length + 1`` tokens, or a size is below 1.
+
+    Example:
+        >>> batches = PackedBatches(np.arange(100), batch_size=2, length=8, seed=0)
+        >>> place = batches.state_dict()
+        >>> inputs, targets, fresh = batches.next()
+        >>> bool((targets == inputs + 1).all()), fresh
+        (True, True)
+        >>> batches.load_state_dict(place)
+        >>> bool((batches.next().inputs == inputs).all())
+        True
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray,
+        *,
+        batch_size: int,
+        length: int,
+        seed: int,
+        name: str = "training",
+    ) -> None:
+        _check("PackedBatches", tokens, batch_size, length, name)
+        self._tokens, self._batch_size, self._length, self._seed = (
+            tokens,
+            batch_size,
+            length,
+            seed,
+        )
+        self._go_to(epoch=0, position=0)
+
+    def _go_to(self, epoch: int, position: int) -> None:
+        self._epoch, self._position = epoch, position
+        random = np.random.default_rng([self._seed, epoch])
+        spare = len(self._tokens) - 1 - self._length  # targets outside the first window
+        offset = int(random.integers(0, min(self._length, spare + 1)))
+        windows = (len(self._tokens) - 1 - offset) // self._length
+        self._starts = offset + self._length * random.permutation(windows)
+
+    def next(self) -> Batch:
+        """Take the next batch; its rows never continue the one before."""
+        starts: list[NDArray[np.int64]] = []
+        missing = self._batch_size
+        while missing:
+            if self._position == len(self._starts):
+                self._go_to(self._epoch + 1, 0)
+            taken = self._starts[self._position : self._position + missing]
+            self._position += len(taken)
+            missing -= len(taken)
+            starts.append(taken)
+        inputs, targets = _gather(self._tokens, np.concatenate(starts), self._length)
+        return Batch(inputs, targets, fresh=True)
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the epoch and the number of windows taken from it."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, place: dict[str, int]) -> None:
+        """Go to a place that ``state_dict`` gave; text, sizes and seed must be the same."""
+        self._go_to(place["epoch"], place["position"])
+
+
+class ContinuingBatches:
+    """Read ``batch_size`` streams of one text side by side, each batch continuing the last.
+
+    The text is cut into ``b`` streams of equal length, and step ``i`` gives every stream's
+    ``i``-th window: a model that carries its state from batch to batch sees far beyond a
+    window (truncated backpropagation through time). When the streams end all of them start
+    again, at an offset drawn for that epoch, with ``fresh`` set.
+
+    Args:
+        tokens: The text; slices of it are read when they are needed.
+        batch_size: Streams ``b``.
+        length: Inputs in each row ``l``, over which gradients flow.
+        seed: Fixes the offsets.
+        name: What to call the text in errors.
+
+    Raises:
+        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, or a size is
+            below 1.
+
+    Example:
+        >>> batches = ContinuingBatches(np.arange(100), batch_size=2, length=8, seed=0)
+        >>> first, second = batches.next(), batches.next()
+        >>> bool((second.inputs[:, 0] == first.targets[:, -1]).all())
+        True
+        >>> first.fresh, second.fresh
+        (True, False)
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray,
+        *,
+        batch_size: int,
+        length: int,
+        seed: int,
+        name: str = "training",
+    ) -> None:
+        _check("ContinuingBatches", tokens, batch_size, length, name)
+        self._tokens, self._batch_size, self._length, self._seed = (
+            tokens,
+            batch_size,
+            length,
+            seed,
+        )
+        self._go_to(epoch=0, position=0)
+
+    def _go_to(self, epoch: int, position: int) -> None:
+        self._epoch, self._position = epoch, position
+        random = np.random.default_rng([self._seed, epoch])
+        spare = len(self._tokens) - 1 - self._batch_size * self._length
+        offset = int(random.integers(0, min(self._length, spare + 1)))
+        stream = (len(self._tokens) - 1 - offset) // self._batch_size
+        self._windows = stream // self._length
+        self._starts = offset + stream * np.arange(self._batch_size, dtype=np.int64)
+
+    def next(self) -> Batch:
+        """Take the next window of every stream."""
+        if self._position == self._windows:
+            self._go_to(self._epoch + 1, 0)
+        fresh = self._position == 0
+        starts = self._starts + self._position * self._length
+        self._position += 1
+        inputs, targets = _gather(self._tokens, starts, self._length)
+        return Batch(inputs, targets, fresh)
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the epoch and the number of windows taken from it."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, place: dict[str, int]) -> None:
+        """Go to a place that ``state_dict`` gave; text, sizes and seed must be the same.
+
+        The model's state belongs to the place too, and the caller keeps it.
+        """
+        self._go_to(place["epoch"], place["position"])

@@ -1,0 +1,158 @@
+"""Tokens on disk, read by memory map: written once for each text and tokenizer.
+
+A shard is a folder:
+
+    tokens.bin       the token ids, little-endian, in the narrowest unsigned type
+    documents.npy    int64 (k + 1,): document i is tokens[documents[i] : documents[i + 1]]
+    shard.json       sizes, and the digest of the text and tokenizer it was made from
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mambakit._files import read_text, replacing
+
+from .text import Document
+from .tokenizers import Tokenizer
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The tokens of one split, mapped from disk.
+
+    Attributes:
+        tokens: Token ids ``(k,)``, of an unsigned type; reading a slice reads the disk.
+        documents: Boundaries ``(documents + 1,)``, from 0 to ``k``.
+        bytes: How many bytes of text the tokens stand for.
+        digest: Changes with any byte of the text, any file name, and with the tokenizer.
+        name: What to call the text in errors.
+    """
+
+    tokens: NDArray[np.unsignedinteger]
+    documents: NDArray[np.int64]
+    bytes: int
+    digest: str
+    name: str
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """How many tokens a byte of this text takes on average."""
+        return len(self.tokens) / self.bytes
+
+
+def _narrowest(vocab_size: int) -> np.dtype:
+    for kind in ("<u1", "<u2", "<u4"):
+        if vocab_size - 1 <= np.iinfo(kind).max:
+            return np.dtype(kind)
+    raise ValueError(f"data: vocab_size must be at most 2**32, got {vocab_size}")
+
+
+def _digest(documents: Sequence[Document], tokenizer: Tokenizer, separator: str) -> str:
+    seed = json.dumps([_FORMAT, tokenizer.to_json(), separator])
+    digest = hashlib.sha256(seed.encode())
+    for document in documents:
+        data = document.read()
+        digest.update(json.dumps([document.name, len(data)]).encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _encode(document: Document, tokenizer: Tokenizer, separator: str) -> NDArray[np.int64]:
+    text = document.read() if tokenizer.reads_bytes else document.read_text()
+    try:
+        ids = tokenizer.encode(text)
+        if separator:
+            ids = np.concatenate([ids, tokenizer.encode(separator)])
+    except ValueError as error:
+        raise ValueError(f"{document.path}: {error}") from error
+    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        raise ValueError(
+            f"{document.path}: token ids must be below the vocabulary's size "
+            f"{tokenizer.vocab_size}, got {ids.min()} to {ids.max()}"
+        )
+    return ids
+
+
+def write_shard(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    cache: Path,
+    *,
+    name: str = "text",
+    separator: str = "",
+) -> Shard:
+    """Tokenize ``documents`` into a shard below ``cache``, or map the one that is there.
+
+    Args:
+        documents: The text, in order, laid end to end.
+        tokenizer: What makes tokens of it.
+        cache: The folder that holds shards. Runs may share one.
+        name: What to call this split, in the folder's name and in errors.
+        separator: Text that follows every document, such as ``"<|endoftext|>"``. Its bytes
+            count as text.
+
+    Returns:
+        The mapped shard. One document at a time is held in memory while it is written.
+
+    Raises:
+        ValueError: There is no text, a file cannot be read, or the tokenizer cannot read
+            it; the file is named.
+        RuntimeError: ``cache`` cannot be written, or holds a damaged shard.
+    """
+    digest = _digest(documents, tokenizer, separator)
+    folder = cache / f"{name}-{digest[:16]}"
+    if not folder.exists():
+        dtype = _narrowest(tokenizer.vocab_size)
+        ends = [0]
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            with (temporary / "tokens.bin").open("wb") as file:
+                for document in documents:
+                    ids = _encode(document, tokenizer, separator)
+                    file.write(ids.astype(dtype).tobytes())
+                    ends.append(ends[-1] + len(ids))
+            if ends[-1] == 0:
+                raise ValueError(
+                    f"data: the {name} text must hold at least one token, got none"
+                )
+            np.save(temporary / "documents.npy", np.array(ends, dtype=np.int64))
+            record = {
+                "format": _FORMAT,
+                "digest": digest,
+                "dtype": dtype.str,
+                "tokens": ends[-1],
+                "bytes": sum(d.size for d in documents)
+                + len(documents) * len(separator.encode()),
+                "tokenizer": tokenizer.name,
+            }
+            (temporary / "shard.json").write_text(
+                json.dumps(record, indent=2), encoding="utf-8"
+            )
+    return _open_shard(folder, name)
+
+
+def _open_shard(folder: Path, name: str) -> Shard:
+    record = json.loads(read_text(folder / "shard.json", "token shard"))
+    dtype, count = np.dtype(record["dtype"]), int(record["tokens"])
+    file = folder / "tokens.bin"
+    size = file.stat().st_size if file.exists() else 0
+    if size != count * dtype.itemsize:
+        raise RuntimeError(
+            f"data: {file} must hold {count * dtype.itemsize} bytes, got {size}: delete the "
+            f"folder {folder} and it is written again"
+        )
+    return Shard(
+        tokens=np.memmap(file, dtype=dtype, mode="r", shape=(count,)),
+        documents=np.load(folder / "documents.npy"),
+        bytes=int(record["bytes"]),
+        digest=record["digest"],
+        name=name,
+    )

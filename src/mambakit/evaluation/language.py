@@ -1,0 +1,155 @@
+"""How well a language model predicts text: bits for each byte, and perplexity."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from mambakit.data import Tokenizer
+from mambakit.data.text import find_documents
+from mambakit.models import MambaLM
+
+
+@dataclass(frozen=True)
+class LanguageScore:
+    """The cost of a text under a model. Scores of several texts add up with ``+``.
+
+    Attributes:
+        nats: ``-sum ln p(token | all tokens before it)``.
+        tokens: How many tokens the sum runs over.
+        bytes: How many bytes of text those tokens stand for.
+    """
+
+    nats: float
+    tokens: int
+    bytes: float
+
+    def __add__(self, other: "LanguageScore") -> "LanguageScore":
+        return LanguageScore(
+            self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes
+        )
+
+    @property
+    def loss(self) -> float:
+        """Nats for each token: what training minimises."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """``nats / (ln 2 * bytes)``: comparable between tokenizers, and with compressors."""
+        return self.nats / (math.log(2) * self.bytes)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``, for each token: comparable only between equal tokenizers."""
+        return math.exp(self.loss)
+
+
+@torch.inference_mode()
+def evaluate_tokens(
+    model: MambaLM,
+    tokens: NDArray,
+    *,
+    tokens_per_byte: float = 1.0,
+    chunk: int = 1024,
+    rows: int = 1,
+    limit: int | None = None,
+) -> LanguageScore:
+    """Score a text of tokens, reading it in chunks and carrying the state between them.
+
+    Every token after the first is predicted from all tokens before it, however long the
+    text: no window has an edge. ``chunk`` bounds the memory, ``rows * chunk * vocabulary``
+    logits, and does not change the result beyond rounding. The precision is that of the
+    caller's autocast context; the sum is kept in float64.
+
+    Args:
+        model: The language model, on any device.
+        tokens: The text ``(k,)``, k >= 2; it may be mapped from disk.
+        tokens_per_byte: Turns the number of tokens scored into bytes.
+        chunk: Steps that run at once.
+        rows: Into how many equal parts the text is cut that run side by side, faster on a
+            wide machine. Each part but the first starts without the text before it, and up to
+            ``rows - 1`` tokens at the very end are left out; 1 is exact.
+        limit: Score about so many tokens only, from the beginning of each part; ``None``
+            means all.
+
+    Returns:
+        The score of tokens 1 to k - 1: the first has nothing before it and is given.
+
+    Raises:
+        ValueError: The text is too short, a token is outside the model's vocabulary, or
+            ``chunk``, ``rows`` or ``limit`` is below 1.
+    """
+    for name, value in (("chunk", chunk), ("rows", rows), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"evaluate_tokens: {name} must be at least 1, got {value}")
+    part = (len(tokens) - 1) // rows
+    length = part if limit is None else min(part, max(1, limit // rows))
+    if length < 1:
+        raise ValueError(
+            f"evaluate_tokens: tokens must number at least {rows + 1}, got {len(tokens)}"
+        )
+    starts = part * np.arange(rows)
+    nats = torch.zeros((), dtype=torch.float64)
+    state = None
+    was_training = model.training
+    model.eval()
+    try:
+        for begin in range(0, length, chunk):
+            end = min(begin + chunk, length)
+            window = np.stack([tokens[s + begin : s + end + 1] for s in starts])
+            if window.max() >= model.config.vocab_size:
+                raise ValueError(
+                    "evaluate_tokens: tokens must be below the model's vocab_size "
+                    f"{model.config.vocab_size}, got {window.max()}"
+                )
+            batch = torch.from_numpy(window.astype(np.int64)).to(model.device)
+            logits, state = model(batch[:, :-1], state)
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
+            )
+            nats += losses.double().sum().cpu()
+    finally:
+        model.train(was_training)
+    scored = rows * length
+    return LanguageScore(nats.item(), scored, scored / tokens_per_byte)
+
+
+def evaluate_files(
+    model: MambaLM, tokenizer: Tokenizer, files: Sequence[Path], *, chunk: int = 1024
+) -> dict[str, LanguageScore]:
+    """Score whole files, each from no state, and say how many bits each byte costs.
+
+    The first token of a file, which nothing precedes, costs ``ln vocab_size`` nats (a uniform
+    guess), so that the score is that of a complete code for the file.
+
+    Args:
+        model: The language model.
+        tokenizer: The tokenizer that the model was trained with.
+        files: Files, folders (every file in them counts) or globs.
+        chunk: Steps that run at once; it bounds the memory only.
+
+    Returns:
+        A score for each file, by path in the order given. Their sum is the score of all:
+        ``sum(scores.values(), LanguageScore(0.0, 0, 0))``.
+
+    Raises:
+        ValueError: A file is missing, empty, or not readable by the tokenizer; it is named.
+    """
+    scores: dict[str, LanguageScore] = {}
+    for document in find_documents([str(file) for file in files], patterns=("*",)):
+        text = document.read() if tokenizer.reads_bytes else document.read_text()
+        try:
+            tokens = tokenizer.encode(text)
+            score = LanguageScore(math.log(tokenizer.vocab_size), 1, 0)
+            if len(tokens) > 1:
+                score += evaluate_tokens(model, tokens, chunk=chunk)
+        except ValueError as error:
+            raise ValueError(f"{document.path}: {error}") from error
+        scores[str(document.path)] = LanguageScore(score.nats, score.tokens, document.size)
+    return scores

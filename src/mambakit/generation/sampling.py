@@ -1,0 +1,197 @@
+"""Rules that turn the scores of the next token into one token.
+
+Each rule maps logits ``(b, v)`` to logits ``(b, v)`` and changes nothing in place; a token that
+a rule forbids gets minus infinity. ``p = softmax(logits)`` below is taken over one row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def penalise_repetition(
+    logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"], penalty: float
+) -> Float[Tensor, "b v"]:
+    """Make tokens that have been seen less likely.
+
+        l_i = l_i / penalty  if l_i > 0  else  l_i penalty,      for each i that was seen
+
+    Args:
+        logits: Scores of the next token.
+        seen: Which tokens each row has met, in its prompt or since.
+        penalty: More than 1 discourages repetition, 1 changes nothing, less encourages it.
+
+    Source: Keskar et al., "CTRL", 2019, section 4.1.
+
+    Example:
+        >>> seen = torch.tensor([[True, True, False]])
+        >>> penalise_repetition(torch.tensor([[2.0, -2.0, 1.0]]), seen, 2.0)
+        tensor([[ 1., -4.,  1.]])
+    """
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalised, logits)
+
+
+def apply_temperature(logits: Float[Tensor, "b v"], temperature: float) -> Float[Tensor, "b v"]:
+    """Sharpen (below 1) or flatten (above 1) the distribution.
+
+        l_i = l_i / temperature,     temperature > 0
+
+    Example:
+        >>> apply_temperature(torch.tensor([[1.0, 2.0]]), 0.5)
+        tensor([[2., 4.]])
+    """
+    return logits / temperature
+
+
+def keep_top_k(logits: Float[Tensor, "b v"], k: int) -> Float[Tensor, "b v"]:
+    """Keep the ``k`` most likely tokens, and those as likely as the last of them.
+
+        keep i  where  l_i >= the k-th largest of l
+
+    Source: Fan et al., "Hierarchical Neural Story Generation", 2018, section 5.4.
+
+    Example:
+        >>> keep_top_k(torch.tensor([[1.0, 3.0, 2.0]]), 2)
+        tensor([[-inf, 3., 2.]])
+    """
+    if k >= logits.shape[-1]:
+        return logits
+    threshold = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def keep_top_p(logits: Float[Tensor, "b v"], p: float) -> Float[Tensor, "b v"]:
+    """Keep the fewest most likely tokens whose probabilities reach ``p`` together.
+
+        keep i  where  sum of p_j over all j that are more likely than i  <  p
+
+    Of equally likely tokens at the border, those with smaller ids are kept first. The most
+    likely token always stays.
+
+    Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, section 3.1.
+
+    Example:
+        >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.7).exp()
+        tensor([[0.5000, 0.3000, 0.0000]])
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    forbidden = before >= p
+    forbidden[:, 0] = False
+    return logits.masked_fill(forbidden.scatter(-1, order, forbidden), -torch.inf)
+
+
+def keep_min_p(logits: Float[Tensor, "b v"], p: float) -> Float[Tensor, "b v"]:
+    """Keep the tokens that are at least ``p`` times as likely as the most likely one.
+
+        keep i  where  p_i >= p max(p)
+
+    Source: Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024, section 3.
+
+    Example:
+        >>> keep_min_p(torch.tensor([[0.6, 0.3, 0.1]]).log(), 0.4).exp()
+        tensor([[0.6000, 0.3000, 0.0000]])
+    """
+    odds = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    return logits.masked_fill(odds < p, -torch.inf)
+
+
+@dataclass(frozen=True)
+class SamplingRules:
+    """Choose the next token: which rules apply, in this order, and how strongly.
+
+    Attributes:
+        repetition_penalty: See ``penalise_repetition``; 1 changes nothing.
+        temperature: See ``apply_temperature``; 0 means the most likely token, always, and of
+            equally likely ones the first.
+        top_k: See ``keep_top_k``; ``None`` keeps all.
+        top_p: See ``keep_top_p``; ``None`` keeps all.
+        min_p: See ``keep_min_p``; ``None`` keeps all.
+
+    Raises:
+        ValueError: A value breaks its rule; the message names it.
+
+    Example:
+        >>> rules = SamplingRules(temperature=0)
+        >>> rules.choose(torch.tensor([[0.1, 0.7, 0.2], [3.0, 1.0, 2.0]]))
+        tensor([1, 0])
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"generate: temperature must be 0 or a positive number, got {self.temperature}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"generate: top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"generate: top_p must be in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"generate: min_p must be in [0, 1], got {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"generate: repetition_penalty must be a positive number, "
+                f"got {self.repetition_penalty}"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no chance is involved."""
+        return self.temperature == 0
+
+    def apply(
+        self, logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"] | None = None
+    ) -> Float[Tensor, "b v"]:
+        """Return the logits that tokens are drawn from, in float32.
+
+        Args:
+            logits: Scores of the next token.
+            seen: Which tokens each row has met; needed by ``repetition_penalty`` alone.
+        """
+        logits = logits.float()
+        if self.repetition_penalty != 1 and seen is not None:
+            logits = penalise_repetition(logits, seen, self.repetition_penalty)
+        if self.greedy:
+            return logits
+        if self.temperature != 1:
+            logits = apply_temperature(logits, self.temperature)
+        if self.top_k is not None:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p is not None and self.top_p < 1:
+            logits = keep_top_p(logits, self.top_p)
+        if self.min_p is not None and self.min_p > 0:
+            logits = keep_min_p(logits, self.min_p)
+        return logits
+
+    def choose(
+        self,
+        logits: Float[Tensor, "b v"],
+        seen: Bool[Tensor, "b v"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Int[Tensor, " b"]:
+        """Return one token for each row, int64.
+
+        Args:
+            logits: Scores of the next token.
+            seen: Which tokens each row has met; needed by ``repetition_penalty`` alone.
+            generator: Source of chance, on the device of ``logits``; ``None`` means torch's.
+        """
+        logits = self.apply(logits, seen)
+        if self.greedy:
+            return logits.argmax(dim=-1)
+        # Of exponential clocks with rates p_i, number i is the first to ring with probability
+        # p_i. Rates need not add up to 1, so there is no softmax and no sum. A time of
+        # exactly 0 would make NaN of a forbidden token.
+        odds = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        times = torch.empty_like(odds).exponential_(generator=generator)
+        return (odds / times.clamp_min_(torch.finfo(times.dtype).tiny)).argmax(dim=-1)

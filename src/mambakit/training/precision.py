@@ -1,0 +1,62 @@
+"""Where a run computes and in which number format, decided once and said aloud."""
+
+from typing import NamedTuple
+
+import torch
+
+from mambakit.modules._hardware import in_hardware
+
+
+class Machine(NamedTuple):
+    """What a run computes on.
+
+    Attributes:
+        device: The device of weights and batches.
+        autocast: The dtype that matrix products are cast to, or ``None`` for float32.
+        why: A clause for the reader, saying why this precision.
+    """
+
+    device: torch.device
+    autocast: torch.dtype | None
+    why: str
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn ``"auto"`` into CUDA where there is one and CPU elsewhere.
+
+    Raises:
+        ValueError: ``device`` is not the name of a device.
+        RuntimeError: The device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"training.device must be auto or a PyTorch device, got {device!r}"
+        ) from error
+    try:
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"training.device {device!r} cannot be used: {reason}") from error
+    return resolved
+
+
+def resolve_machine(device: str, precision: str) -> Machine:
+    """Settle the device and the precision of a run.
+
+    ``"auto"`` precision is bf16 only where the hardware has it: emulated, it is slower than
+    fp32 and no better.
+    """
+    resolved = resolve_device(device)
+    able = in_hardware(torch.bfloat16, resolved)
+    name = resolved.type.upper()
+    if precision == "auto":
+        why = f"the {name} {'has' if able else 'does not have'} bf16 in hardware"
+        return Machine(resolved, torch.bfloat16 if able else None, why)
+    if precision == "bf16":
+        why = "as asked" if able else f"as asked, though the {name} has to emulate it"
+        return Machine(resolved, torch.bfloat16, why)
+    return Machine(resolved, None, "as asked")

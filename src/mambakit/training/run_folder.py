@@ -1,0 +1,183 @@
+"""The folder that a run writes, and what others read from it.
+
+config.toml      the run as it was started, complete
+tokenizer.json   for generation and evaluation
+metrics.jsonl    a line for every few steps and for every validation
+loss.png         the same as a picture
+checkpoints/     the last and the best
+tokens/          the text as tokens (unless data.cache names another place)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from mambakit._files import read_text, replacing, sweep
+from mambakit.data import Tokenizer, load_tokenizer, save_tokenizer
+from mambakit.models import MambaLM, load
+
+from .config import RunConfig, dump_config, load_config
+from .resume import checkpoint_folder, checkpoint_steps, read_run_state
+
+CONFIG, TOKENIZER, METRICS = "config.toml", "tokenizer.json", "metrics.jsonl"
+PLOT, TOKENS = "loss.png", "tokens"
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.is_dir() and (folder / CONFIG).exists():
+        raise ValueError(
+            f"train: the run folder {folder} must be new, got one that holds a run: "
+            "continue it with --resume or choose another"
+        )
+    # a start that was killed before it became a run may have left its tokens
+    if folder.exists() and not (
+        folder.is_dir()
+        and all(
+            entry.name == TOKENS or entry.name.endswith(".tmp") for entry in folder.iterdir()
+        )
+    ):
+        raise ValueError(
+            f"train: the run folder {folder} must be new, got one that exists: choose another"
+        )
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RuntimeError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+@contextmanager
+def new_run_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` for a new run; if the block that prepares the run fails, remove it.
+
+    Raises:
+        ValueError: ``folder`` is a file, or holds a run or anything else.
+        RuntimeError: ``folder`` cannot be made or written.
+    """
+    _refuse_existing(folder)
+    was_there = folder.exists()
+    _make_writable(folder)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(folder)
+        raise
+
+
+def write_start(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Write what a run is started with; ``config.toml`` comes last and makes it a run."""
+    save_tokenizer(tokenizer, folder / TOKENIZER)
+    with replacing(folder / CONFIG) as temporary:
+        temporary.write_text(dump_config(config), encoding="utf-8")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of ``metrics.jsonl``; a last line that was cut short is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    lines = read_text(path, "metrics").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Metrics:
+    """``metrics.jsonl``, open for appending.
+
+    Opening it drops the lines of updates after ``step`` and of validations after
+    ``evaluated``: a killed process made them after its last checkpoint, and they are now
+    made again.
+    """
+
+    def __init__(self, folder: Path, *, step: int, evaluated: int) -> None:
+        last = {"train": step, "validation": evaluated}
+        self.rows = [row for row in read_metrics(folder) if row["step"] <= last[row["kind"]]]
+        self._path = folder / METRICS
+        with replacing(self._path) as temporary:
+            temporary.write_text("".join(map(self._line, self.rows)), encoding="utf-8")
+
+    @staticmethod
+    def _line(row: Mapping[str, Any]) -> str:
+        return json.dumps(row) + "\n"
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            RuntimeError: The file cannot be written.
+        """
+        self.rows.append(row)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(self._line(row))
+        except OSError as error:
+            raise RuntimeError(
+                f"cannot write {self._path}: {error.strerror or error}"
+            ) from error
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes left half-written."""
+    sweep(folder)
+    sweep(folder / "checkpoints")
+    sweep(folder / TOKENS)
+
+
+class LoadedRun(NamedTuple):
+    """What a run folder holds, ready to use.
+
+    Attributes:
+        model: The language model of one checkpoint, in evaluation mode.
+        tokenizer: The tokenizer it was trained with.
+        config: The run.
+        step: The step of the checkpoint.
+    """
+
+    model: MambaLM
+    tokenizer: Tokenizer
+    config: RunConfig
+    step: int
+
+
+def load_run(
+    folder: Path,
+    *,
+    which: Literal["best", "last"] = "best",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LoadedRun:
+    """Load the model, tokenizer and config of a run.
+
+    Args:
+        folder: The run folder.
+        which: The checkpoint with the best validation, or the last one.
+        device: Where the weights go.
+        dtype: See ``mambakit.models.load``.
+
+    Raises:
+        ValueError: ``folder`` is no run, has no checkpoint yet, or a file of it is damaged.
+    """
+    if which not in ("best", "last"):
+        raise ValueError(f"load_run: which must be 'best' or 'last', got {which!r}")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"load_run: {folder} must be a run folder, got one without {CONFIG}")
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise ValueError(f"load_run: the run {folder} must have a checkpoint, got none yet")
+    step = steps[-1]
+    if which == "best":
+        step = read_run_state(checkpoint_folder(folder, step)).best_step or step
+    model = load(checkpoint_folder(folder, step), device=device, dtype=dtype).eval()
+    config = load_config(folder / CONFIG)
+    return LoadedRun(model, load_tokenizer(str(folder / TOKENIZER)), config, step)

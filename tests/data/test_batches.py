@@ -1,0 +1,131 @@
+"""Laws of batches: targets follow inputs, an epoch is the text, and a place can be kept."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from mambakit.data import ContinuingBatches, PackedBatches
+
+KINDS = [PackedBatches, ContinuingBatches]
+sizes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 90), st.integers(0, 3))
+
+
+def make(kind, batch_size, length, extra, seed):
+    tokens = np.arange(batch_size * length + 1 + extra, dtype=np.uint16)
+    return kind(tokens, batch_size=batch_size, length=length, seed=seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(size=sizes)
+def test_targets_follow_inputs(kind, size):
+    batches = make(kind, *size)
+    for _ in range(5):
+        inputs, targets, _ = batches.next()
+        assert inputs.shape == targets.shape == size[:2]
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert (targets == inputs + 1).all()
+        assert (inputs[:, 1:] == inputs[:, :-1] + 1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(size=sizes, before=st.integers(0, 30))
+def test_a_place_gives_the_same_batches_again(kind, size, before):
+    batches = make(kind, *size)
+    for _ in range(before):
+        batches.next()
+    other = make(kind, *size)
+    other.load_state_dict(batches.state_dict())
+    for _ in range(6):
+        expected, got = batches.next(), other.next()
+        assert torch.equal(expected.inputs, got.inputs)
+        assert expected.fresh == got.fresh
+
+
+@settings(deadline=None)
+@given(size=sizes)
+def test_a_packed_epoch_gives_each_window_once(size):
+    length, seed = size[1], size[3]
+    batches = make(PackedBatches, 1, length, size[2], seed)
+    count = size[2] + length  # tokens after the first: every one can be a target
+    targets = []
+    while batches.state_dict()["epoch"] == 0:
+        targets.append(batches.next().targets)
+    seen = torch.cat(targets[:-1]).flatten()  # the last one opened the second epoch
+    assert len(seen.unique()) == len(seen)
+    assert count - len(seen) < 2 * length  # less than a window is left out at either end
+
+
+def test_packed_epochs_differ_and_the_seed_fixes_them():
+    def order(seed):
+        batches = make(PackedBatches, 4, 8, 200, seed)
+        return torch.stack([batches.next().inputs[:, 0] for _ in range(20)])
+
+    assert torch.equal(order(0), order(0))
+    assert not torch.equal(order(0), order(1))
+    first, second = order(0)[:7].flatten(), order(0)[7:14].flatten()
+    assert set(first.tolist()) != set(second.tolist())
+
+
+def test_packed_batches_are_always_fresh():
+    batches = make(PackedBatches, 2, 4, 10, 0)
+    assert all(batches.next().fresh for _ in range(12))
+
+
+@settings(deadline=None)
+@given(size=sizes)
+def test_continuing_batches_continue_until_they_are_fresh(size):
+    batches = make(ContinuingBatches, *size)
+    before = batches.next()
+    assert before.fresh
+    for _ in range(30):
+        batch = batches.next()
+        continues = torch.equal(batch.inputs[:, 0], before.targets[:, -1])
+        assert continues or batch.fresh
+        before = batch
+
+
+@settings(deadline=None)
+@given(size=sizes)
+def test_streams_share_no_target(size):
+    batches = make(ContinuingBatches, *size)
+    targets = [batches.next().targets]
+    while not (batch := batches.next()).fresh:
+        targets.append(batch.targets)
+    seen = torch.cat(targets, dim=1).flatten()
+    assert len(seen.unique()) == len(seen)
+
+
+def test_tokens_are_read_from_disk_when_they_are_needed(tmp_path):
+    path = tmp_path / "tokens.bin"
+    np.arange(1000, dtype=np.uint16).tofile(path)
+    mapped = np.memmap(path, dtype=np.uint16, mode="r")
+    batches = PackedBatches(mapped, batch_size=3, length=16, seed=0)
+    inputs, targets, _ = batches.next()
+    assert (targets == inputs + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (
+            PackedBatches,
+            r"the poem text must hold a window of length 16 .*\(17 tokens\), got 9",
+        ),
+        (ContinuingBatches, r"must hold 2 streams of length 16 .*\(33 tokens\), got 9"),
+    ],
+)
+def test_a_text_that_is_too_short_is_refused(kind, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        kind(np.arange(9), batch_size=2, length=16, seed=0, name="poem")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "size", [{"batch_size": 0, "length": 4}, {"batch_size": 1, "length": 0}]
+)
+def test_sizes_below_one_are_refused(kind, size):
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        kind(np.arange(9), seed=0, **size)

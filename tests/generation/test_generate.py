@@ -1,0 +1,196 @@
+"""Laws of the generation loop."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mambakit import MambaConfig, MambaLM
+from mambakit.generation import generate, stream
+from mambakit.generation.sampling import penalise_repetition
+
+V = 21
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = MambaLM(
+        MambaConfig(d_model=16, n_layer=2, vocab_size=V, d_state=4, tie_embeddings=False)
+    )
+    with torch.no_grad():
+        # So wide that the next token depends on the past, and not so wide as to be certain.
+        model.backbone.embedding.weight.normal_()
+        model.lm_head.weight.normal_(std=0.5)
+    return model
+
+
+def draw(b=2, l=6, seed=1):
+    return torch.randint(V, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+def naive_greedy(model, tokens, k):
+    with torch.no_grad():
+        for _ in range(k):
+            best = model(tokens).logits[:, -1, :V].argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, best], dim=1)
+    return tokens
+
+
+def test_greedy_is_the_most_likely_token_of_the_whole_text_each_time(model):
+    assert_close(
+        generate(model, draw(), max_new_tokens=12, temperature=0),
+        naive_greedy(model, draw(), 12),
+    )
+
+
+def test_rows_of_a_batch_are_as_they_are_alone(model):
+    prompts = draw(b=4)
+    together = generate(model, prompts, max_new_tokens=10, temperature=0)
+    for row in range(4):
+        alone = generate(model, prompts[row : row + 1], max_new_tokens=10, temperature=0)
+        assert_close(together[row : row + 1], alone)
+
+
+def test_the_same_seed_gives_the_same_tokens(model):
+    def run(**chance):
+        return generate(model, draw(), max_new_tokens=20, **chance)
+
+    assert_close(run(seed=3), run(seed=3))
+    assert_close(run(seed=3), run(generator=torch.Generator().manual_seed(3)))
+    assert not torch.equal(run(seed=3), run(seed=4))
+
+
+def test_without_a_seed_torchs_own_is_used(model):
+    torch.manual_seed(5)
+    first = generate(model, draw(), max_new_tokens=10)
+    torch.manual_seed(5)
+    assert_close(generate(model, draw(), max_new_tokens=10), first)
+
+
+def test_a_seed_leaves_torchs_own_chance_alone(model):
+    before = torch.get_rng_state()
+    generate(model, draw(), max_new_tokens=3, seed=0)
+    assert_close(torch.get_rng_state(), before)
+
+
+def test_zero_new_tokens_give_the_prompt(model):
+    assert_close(generate(model, draw(), max_new_tokens=0), draw())
+
+
+def test_int32_prompts_are_taken(model):
+    tokens = generate(model, draw().int(), max_new_tokens=2, temperature=0)
+    assert_close(tokens, generate(model, draw(), max_new_tokens=2, temperature=0))
+
+
+def test_streaming_yields_the_same_tokens(model):
+    steps = list(stream(model, draw(), max_new_tokens=9, seed=0))
+    assert all(step.shape == (2,) for step in steps)
+    assert_close(
+        torch.stack(steps, dim=1), generate(model, draw(), max_new_tokens=9, seed=0)[:, 6:]
+    )
+
+
+def test_streaming_works_only_as_far_as_it_is_asked(model):
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    list(itertools.islice(stream(model, draw(), max_new_tokens=1000), 3))
+    hook.remove()
+    assert len(calls) == 3
+
+
+def test_streaming_leaves_gradients_on_between_tokens(model):
+    for _ in stream(model, draw(), max_new_tokens=2):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_the_prompt_is_read_in_one_pass_and_then_one_token_at_a_time(model):
+    lengths = []
+    hook = model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    generate(model, draw(), max_new_tokens=4)
+    hook.remove()
+    assert lengths == [6, 1, 1, 1]
+
+
+def test_a_row_ends_with_its_stop_token_and_repeats_it(model):
+    free = generate(model, draw(), max_new_tokens=12, temperature=0)[:, 6:].tolist()
+    stop = free[0][3]
+    stopped = generate(model, draw(), max_new_tokens=12, temperature=0, stop_tokens=[stop])
+    k = stopped.shape[1] - 6
+    for row, expected in zip(stopped[:, 6:].tolist(), free, strict=True):
+        at = expected.index(stop) if stop in expected else len(expected)
+        assert row == (expected[: at + 1] + [stop] * 12)[:k]
+
+
+def test_it_ends_when_every_row_has_ended(model):
+    prompt = draw(b=1)
+    free = generate(model, prompt, max_new_tokens=12, temperature=0)[0, 6:].tolist()
+    stopped = generate(model, prompt, max_new_tokens=12, temperature=0, stop_tokens=[free[2]])
+    assert stopped[0, 6:].tolist() == free[: free.index(free[2]) + 1]
+
+
+def test_the_repetition_penalty_sees_the_prompt_and_the_new_tokens(model):
+    tokens = draw(b=3)
+    with torch.no_grad():
+        for _ in range(15):
+            logits = model(tokens).logits[:, -1, :V]
+            seen = torch.zeros(3, V, dtype=torch.bool).scatter_(1, tokens, True)
+            best = penalise_repetition(logits, seen, 1.8).argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, best], dim=1)
+    settings = {"max_new_tokens": 15, "temperature": 0}
+    assert_close(generate(model, draw(b=3), repetition_penalty=1.8, **settings), tokens)
+    assert not torch.equal(generate(model, draw(b=3), **settings), tokens)
+
+
+def test_ids_of_the_padding_are_never_chosen(model):
+    with torch.no_grad():
+        padded = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=3))
+        padded.backbone.embedding.weight[3:] = 100 * padded.backbone.embedding.weight[:1]
+    tokens = generate(padded, torch.zeros(8, 1, dtype=torch.int64), max_new_tokens=50)
+    assert tokens.max() < 3
+
+
+def test_a_nan_gives_tokens_of_the_vocabulary_and_no_crash(model):
+    spoilt = MambaLM(model.config)
+    spoilt.load_state_dict(model.state_dict())
+    spoilt.backbone.norm_f.weight.data[0] = torch.nan
+    for settings in ({"temperature": 0}, {"seed": 0, "top_k": 3, "top_p": 0.5, "min_p": 0.1}):
+        tokens = generate(spoilt, draw(), max_new_tokens=3, **settings)
+        assert tokens.min() >= 0
+        assert tokens.max() < V
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.int64), r"at least one token .*got shape \(1, 0\)"),
+        (torch.zeros(0, 3, dtype=torch.int64), r"at least one row, got shape \(0, 3\)"),
+        (torch.zeros(3, dtype=torch.int64), r"got int64 of shape \(3,\)"),
+        (torch.zeros(1, 3), r"got float32 of shape \(1, 3\)"),
+        (torch.tensor([[1, V]]), rf"be in \[0, {V}\), got {V}"),
+        (torch.tensor([[-1, 2]]), rf"be in \[0, {V}\), got -1"),
+        (torch.zeros(1, 2, dtype=torch.int64, device="meta"), "be on cpu .*got meta"),
+    ],
+)
+def test_bad_prompts_are_refused(model, tokens, message):
+    with pytest.raises(ValueError, match=f"generate: tokens must .*{message}"):
+        generate(model, tokens, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+        (
+            {"seed": 1, "generator": torch.Generator()},
+            "seed and generator must not both be given",
+        ),
+        ({"stop_tokens": [V]}, rf"stop_tokens must be in \[0, {V}\), got {V}"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_the_first_token(model, settings, message):
+    with pytest.raises(ValueError, match=f"generate: {message}"):
+        stream(model, draw(), **{"max_new_tokens": 1} | settings)

@@ -1,0 +1,443 @@
+"""Laws of a run: it learns, it can be cut anywhere, and nothing saved is ever lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mambakit.models import MambaLM
+from mambakit.training import Interrupted, load_run, parse_config, resume, train, trainer
+from mambakit.training.config import dump_config, load_config
+from mambakit.training.resume import checkpoint_folder, checkpoint_steps, read_run_state
+from mambakit.training.run_folder import read_metrics
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def quiet(line):
+    pass
+
+
+def losses(folder):
+    """The metrics without what a clock has measured."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder)]
+
+
+def saved(folder, step):
+    """All tensors and numbers of a checkpoint, without what a clock has measured."""
+    checkpoint = checkpoint_folder(folder, step)
+    tensors = {}
+    for name in ("model.safetensors", "training.safetensors"):
+        tensors |= load_file(checkpoint / name)
+    record = json.loads((checkpoint / "training.json").read_text())
+    return tensors, {k: v for k, v in record.items() if k not in TIMES}
+
+
+def assert_equal_runs(one, other):
+    assert checkpoint_steps(one) == checkpoint_steps(other)
+    last = checkpoint_steps(one)[-1]
+    tensors, record = saved(one, last)
+    others, other_record = saved(other, last)
+    assert record == other_record
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+    assert losses(one) == losses(other)
+
+
+def interrupt_after(monkeypatch, step, number=signal.SIGINT):
+    """Send this process a signal in the middle of update ``step``, counted from 1."""
+    original = trainer.Learner.step
+    made = 0
+
+    def step_and_interrupt(self, rate):
+        nonlocal made
+        made += 1
+        if made == step:
+            signal.raise_signal(number)
+        return original(self, rate)
+
+    monkeypatch.setattr(trainer.Learner, "step", step_and_interrupt)
+
+
+def with_training(config, **changes):
+    return replace(config, training=replace(config.training, **changes))
+
+
+def test_a_run_learns_and_writes_its_folder(tables, tmp_path):
+    tables["training"] |= {"steps": 40, "learning_rate": 1e-2}
+    folder, said = tmp_path / "run", []
+    result = train(parse_config(tables), folder, say=said.append)
+    rows = read_metrics(folder)
+    trained = [row for row in rows if row["kind"] == "train"]
+    validated = [row for row in rows if row["kind"] == "validation"]
+    assert [row["step"] for row in trained] == list(range(2, 41, 2))
+    assert [row["step"] for row in validated] == list(range(5, 41, 5))
+    assert trained[-1]["loss"] < trained[0]["loss"] - 1
+    assert result.best_loss == min(row["loss"] for row in validated)
+    assert result.steps == 40
+    assert {"config.toml", "tokenizer.json", "metrics.jsonl", "checkpoints"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert any("fp32" in line and "kernels" in line for line in said)
+    assert list(folder.rglob("*.tmp")) == []
+
+
+def test_the_picture_is_drawn_where_matplotlib_is(config, tmp_path):
+    pytest.importorskip("matplotlib")
+    train(config, tmp_path / "run", say=quiet)
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_run_says_so_at_the_start(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("mambakit.training.plot.find_spec", lambda name: None)
+    said = []
+    train(config, tmp_path / "run", say=said.append)
+    assert any("pip install 'mambakit[plot]'" in line for line in said[:4])
+    assert not (tmp_path / "run" / "loss.png").exists()
+
+
+def test_the_same_config_gives_the_same_run(config, tmp_path):
+    for name in ("one", "two"):
+        train(config, tmp_path / name, say=quiet)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("batches", ["packed", "continuing"])
+@pytest.mark.parametrize("stop", [1, 5, 7, 12])
+def test_interrupted_and_resumed_is_uninterrupted(config, tmp_path, monkeypatch, batches, stop):
+    config = with_training(config, batches=batches, accumulate=2)
+    train(config, tmp_path / "whole", say=quiet)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stop)
+        said = []
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "cut", say=said.append)
+    assert checkpoint_steps(tmp_path / "cut")[-1] == stop
+    command = f"mambakit train {tmp_path}/cut/config.toml --out {tmp_path}/cut --resume"
+    assert command in said[-1]
+    torch.manual_seed(999)  # another process starts with other random numbers
+    train(config, tmp_path / "cut", resume=True, say=quiet)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_continuing_batches_carry_their_state(config, tmp_path):
+    train(with_training(config, batches="continuing"), tmp_path / "run", say=quiet)
+    tensors, _ = saved(tmp_path / "run", 12)
+    assert tensors["state.0.ssm"].shape == (2, 32, 4)
+    assert tensors["state.1.conv"].abs().sum() > 0
+
+
+def test_sigterm_is_an_interrupt_too(config, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 3, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", say=quiet)
+    assert checkpoint_steps(tmp_path / "run") == [3]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_interrupt_stops_at_once_and_loses_nothing(config, tmp_path, monkeypatch):
+    original = trainer.Learner.step
+
+    def step(self, rate):
+        if trainer.checkpoint_steps(tmp_path / "run"):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return original(self, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Learner, "step", step)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            train(config, tmp_path / "run", say=quiet)
+    assert not isinstance(stop.value, Interrupted)
+    assert checkpoint_steps(tmp_path / "run") == [5]
+    train(config, tmp_path / "run", resume=True, say=quiet)
+    train(config, tmp_path / "whole", say=quiet)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+import torch
+from mambakit.training import load_config, train
+torch.set_num_threads(int(sys.argv[3]))
+train(load_config(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_killed_between_checkpoints_and_resumed_is_uninterrupted(config, tmp_path):
+    config = with_training(config, steps=4000, evaluate_every=4, log_every=1)
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    threads = str(torch.get_num_threads())
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, tmp_path / "run.toml", killed, threads],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(checkpoint_steps(killed)) < 2 and time.monotonic() < deadline:
+            assert child.poll() is None
+            time.sleep(0.01)
+    finally:
+        child.kill()
+        child.wait()
+    reached = checkpoint_steps(killed)[-1]
+    # the run is long, so that the kill finds it running: both are stopped 7 steps further on
+    for folder, again, steps in ((killed, True, 7), (whole, False, reached + 7)):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_after(patch, steps)
+            with pytest.raises(Interrupted):
+                train(config, folder, resume=again, say=quiet)
+    assert_equal_runs(killed, whole)
+    assert list(killed.rglob("*.tmp")) == []
+
+
+def test_a_finished_run_resumes_to_nothing(config, tmp_path):
+    first = train(config, tmp_path / "run", say=quiet)
+    before = losses(tmp_path / "run")
+    again = train(config, tmp_path / "run", resume=True, say=quiet)
+    assert (again.steps, again.best_loss) == (first.steps, first.best_loss)
+    assert losses(tmp_path / "run") == before
+
+
+def test_a_resume_before_the_first_checkpoint_starts(config, tmp_path, monkeypatch):
+    def fail(self, rate):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Learner, "step", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", say=quiet)
+    train(config, tmp_path / "run", resume=True, say=quiet)
+    train(config, tmp_path / "whole", say=quiet)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_only_the_last_and_the_best_checkpoint_are_kept(tables, tmp_path):
+    tables["training"] |= {"learning_rate": 0.0, "final_learning_rate": 0.0}
+    train(parse_config(tables), tmp_path / "run", say=quiet)
+    # nothing is learnt, so the first validation stays the best
+    assert checkpoint_steps(tmp_path / "run") == [5, 12]
+    assert load_run(tmp_path / "run").step == 5
+    assert load_run(tmp_path / "run", which="last").step == 12
+
+
+def test_further_checkpoints_are_saved_between_validations(tables, tmp_path, monkeypatch):
+    tables["training"] |= {"checkpoint_every": 2}
+    seen = []
+    original = trainer.save_checkpoint
+
+    def save(folder, run, *rest):
+        seen.append(run.step)
+        original(folder, run, *rest)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    train(parse_config(tables), tmp_path / "run", say=quiet)
+    assert seen == [2, 4, 5, 6, 8, 10, 12]
+
+
+def test_a_loaded_run_is_what_was_trained(config, tmp_path):
+    train(config, tmp_path / "run", say=quiet)
+    run = load_run(tmp_path / "run")
+    assert isinstance(run.model, MambaLM)
+    assert run.tokenizer.name == "byte"
+    assert run.config.model == config.model
+    weights = load_file(checkpoint_folder(tmp_path / "run", run.step) / "model.safetensors")
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+
+
+def test_a_character_run_reads_its_own_tokenizer(tables, tmp_path, text):
+    tables["tokenizer"] = {"kind": "character"}
+    train(parse_config(tables), tmp_path / "run", say=quiet)
+    run = load_run(tmp_path / "run")
+    assert run.tokenizer.vocab_size == len(set(text.read_text()))
+    assert run.model.config.vocab_size == run.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("batches", ["packed", "continuing"])
+def test_bf16_trains(tables, tmp_path, batches):
+    tables["training"] |= {"precision": "bf16", "batches": batches, "steps": 6}
+    result = train(parse_config(tables), tmp_path / "run", say=quiet)
+    assert result.best_loss < 5.6
+    weights = load_file(checkpoint_folder(tmp_path / "run", 6) / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_without_validation_the_last_checkpoint_is_the_best(tables, tmp_path):
+    tables["data"] |= {"validation": 0.0, "test": 0.0}
+    result = train(parse_config(tables), tmp_path / "run", say=quiet)
+    assert result.best_step == 0
+    assert load_run(tmp_path / "run").step == 12
+
+
+def test_accumulated_batches_are_one_large_batch(tables, tmp_path):
+    tables["training"] |= {"steps": 3, "warmup": 0.0, "log_every": 1}
+    first = {}
+    for name, rows, times in (("large", 4, 1), ("small", 2, 2)):
+        tables["training"] |= {"batch_size": rows, "accumulate": times}
+        train(parse_config(tables), tmp_path / name, say=quiet)
+        first[name] = [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"]
+    for large, small in zip(first["large"], first["small"], strict=True):
+        assert large["loss"] == pytest.approx(small["loss"], rel=1e-4)
+        assert large["gradient_norm"] == pytest.approx(small["gradient_norm"], rel=1e-3)
+
+
+def test_minutes_become_steps_and_the_run_resumes_with_them(tables, tmp_path, monkeypatch):
+    del tables["training"]["steps"], tables["training"]["evaluate_every"]
+    tables["training"]["minutes"] = 0.003
+    config = parse_config(tables)
+    monkeypatch.setattr(trainer, "_steps_in", lambda *_: 9)
+    train(config, tmp_path / "run", say=quiet)
+    assert load_config(tmp_path / "run" / "config.toml").training.steps == 9
+    assert train(config, tmp_path / "run", resume=True, say=quiet).steps == 9
+
+
+def test_timing_finds_at_least_one_step(tables, tmp_path):
+    del tables["training"]["steps"]
+    tables["training"] |= {"minutes": 1e-6}
+    assert train(parse_config(tables), tmp_path / "run", say=quiet).steps == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+    original = trainer.Learner.step
+
+    def step(self, rate):
+        numbers = original(self, rate)
+        self.made = getattr(self, "made", 0) + 1
+        return numbers * (torch.nan if self.made == 8 else 1)
+
+    monkeypatch.setattr(trainer.Learner, "step", step)
+    with pytest.raises(
+        RuntimeError, match=r"the loss must be finite, got nan at step 8 \(chec"
+    ) as stop:
+        train(config, tmp_path / "run", say=quiet)
+    assert "\n" not in str(stop.value)
+    assert checkpoint_steps(tmp_path / "run") == [5]
+
+
+def test_a_run_folder_that_exists_is_refused(config, tmp_path):
+    train(config, tmp_path / "run", say=quiet)
+    before = losses(tmp_path / "run")
+    with pytest.raises(ValueError, match="continue it with --resume or choose another"):
+        train(config, tmp_path / "run", say=quiet)
+    assert losses(tmp_path / "run") == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diary.txt").write_text("mine")
+    with pytest.raises(ValueError, match="got one that exists: choose another"):
+        train(config, tmp_path / "other", say=quiet)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RuntimeError, match=r"cannot write .*file/run"):
+        train(config, tmp_path / "file" / "run", say=quiet)
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "sentence"),
+    [
+        ("training", {"length": 20_000}, r"the train text must hold a window"),
+        ("data", {"files": ["nowhere.txt"]}, "there is no file or folder .*nowhere.txt"),
+        ("tokenizer", {"kind": "nowhere.json"}, "cannot read tokenizer .*nowhere.json"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_no_folder(tables, tmp_path, table, changes, sentence):
+    tables[table] = tables.get(table, {}) | changes
+    with pytest.raises(ValueError, match=sentence):
+        train(parse_config(tables), tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_is_not_utf8_is_named(tables, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"x" * 3000 + b"\xff" + b"x" * 3000)
+    tables["data"]["files"] = [str(tmp_path / "bad.txt")]
+    tables["tokenizer"] = {"kind": "character"}
+    with pytest.raises(ValueError, match=r"bad\.txt must be UTF-8.* 0xff at offset 3000"):
+        train(parse_config(tables), tmp_path / "run", say=quiet)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(config, tmp_path, monkeypatch):
+    train(config, tmp_path / "whole", say=quiet)
+    original = resume.save_file
+
+    def save_file(tensors, path):
+        if checkpoint_steps(tmp_path / "run"):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        original(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "save_file", save_file)
+        sentence = r"cannot write .*step-00000010: .*No space left on device"
+        with pytest.raises(RuntimeError, match=sentence):
+            train(config, tmp_path / "run", say=quiet)
+    assert checkpoint_steps(tmp_path / "run") == [5]
+    assert list((tmp_path / "run").rglob("*.tmp")) == []
+    train(config, tmp_path / "run", resume=True, say=quiet)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_resuming_another_config_is_refused(config, tmp_path):
+    train(config, tmp_path / "run", say=quiet)
+    with pytest.raises(ValueError, match=r"training\.steps must stay 12 to resume.*, got 99"):
+        train(with_training(config, steps=99), tmp_path / "run", resume=True, say=quiet)
+
+
+def test_resuming_with_another_text_is_refused(config, tmp_path, text):
+    train(config, tmp_path / "run", say=quiet)
+    text.write_text(text.read_text().replace("text", "TEXT"))
+    with pytest.raises(ValueError, match="its files have changed"):
+        train(config, tmp_path / "run", resume=True, say=quiet)
+
+
+def test_resuming_nothing_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="must hold a run to resume"):
+        train(config, tmp_path / "run", resume=True, say=quiet)
+
+
+@pytest.mark.parametrize("name", ["training.safetensors", "training.json", "model.safetensors"])
+def test_a_damaged_checkpoint_is_refused(config, tmp_path, name):
+    train(config, tmp_path / "run", say=quiet)
+    path = checkpoint_folder(tmp_path / "run", 12) / name
+    path.write_bytes(path.read_bytes()[: os.path.getsize(path) // 2])
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as refusal:
+        train(config, tmp_path / "run", resume=True, say=quiet)
+    assert "whole" in str(refusal.value)
+
+
+def test_a_last_line_cut_short_is_not_read(config, tmp_path):
+    train(config, tmp_path / "run", say=quiet)
+    rows = read_metrics(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    assert read_metrics(tmp_path / "run") == rows
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [("config.toml", "must be a run folder"), ("checkpoints", "must have a checkpoint")],
+)
+def test_a_folder_that_is_no_run_is_refused(config, tmp_path, damage, sentence):
+    train(config, tmp_path / "run", say=quiet)
+    (tmp_path / "run" / damage).rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match=sentence):
+        load_run(tmp_path / "run")
+
+
+def test_the_time_of_a_run_adds_up_over_its_processes(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "run", say=quiet)
+    before = read_run_state(checkpoint_folder(tmp_path / "run", 4)).seconds
+    assert train(config, tmp_path / "run", resume=True, say=quiet).seconds > before > 0
