@@ -1,0 +1,97 @@
+# Each target does all of its own set-up: a virtual environment in .venv, a CPU build of
+# PyTorch, this package with its compiled kernels. A second call finds the stamps in .venv
+# and starts at once. To begin anew: make clean.
+
+PYTHON ?= python3
+# A plain "torch" on Linux brings gigabytes of CUDA libraries, so its CPU index comes first. Where
+# that index cannot be reached, this version is taken from the indexes pip is configured with.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What the build reads: a change here means another build.
+SOURCES := pyproject.toml $(wildcard setup.py) $(shell find src -name '*.cpp' -o -name '*.h')
+
+.PHONY: help demo test lint types layers contracts unit format bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train a small byte-level Mamba for about five minutes and read what it writes"
+	@echo "make test    linters, type checker, layers, and all tests"
+	@echo "make bench   measure this machine: rows in benchmarks/results, tables in the README"
+	@echo "make format  rewrite the sources in the project's format"
+	@echo "make clean   remove the environment, builds and caches (runs/ stays)"
+
+demo: $(VENV)/.package
+	$(BIN)/mambakit train recipes/demo.toml --out $(RUN)
+
+# The tests run last, so that their closing line is the last one read.
+test: lint types layers contracts unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports --no-logo
+
+# The operations once more, with every jaxtyping annotation checked at each call.
+contracts: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/ops -q -m "not compiles and not refuses" \
+	    --jaxtyping-packages=mambakit,beartype.beartype
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info src/mambakit/ops/_cpu_* \
+	    .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "mambakit needs Python 3.11 or newer, and $(PYTHON) is not:" \
+	         "name one by make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	@reach='import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)'; \
+	if [ "$$(uname -s)" != Linux ]; then \
+	    echo "PyTorch: $(TORCH) from pip's index"; \
+	    $(PIP) install --quiet "$(TORCH)"; \
+	elif $(BIN)/python -c "$$reach" "$(TORCH_INDEX)/torch/" 2>/dev/null \
+	    || $(BIN)/python -c "$$reach" "$(TORCH_INDEX)/torch/" 2>/dev/null; then \
+	    echo "PyTorch: $(TORCH) from its CPU index, $(TORCH_INDEX)"; \
+	    $(PIP) install --quiet --index-url "$(TORCH_INDEX)" "$(TORCH)"; \
+	else \
+	    echo "PyTorch: $(TORCH_INDEX) cannot be reached;" \
+	         "$(TORCH) from pip's index instead (on Linux this may bring CUDA libraries)"; \
+	    $(PIP) install --quiet "$(TORCH)"; \
+	fi
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet -e '.[plot,tokenizers]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet -e '.[dev]'
+	@touch $(VENV)/.package $@
+
+$(VENV)/.bench: $(VENV)/.package
+	$(PIP) install --quiet -e '.[bench]'
+	@touch $@

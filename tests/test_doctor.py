@@ -1,0 +1,66 @@
+"""Laws of ``mambakit doctor``: it names what is missing, and notices what is wrong."""
+
+import pytest
+
+from mambakit import doctor
+from mambakit.ops import _backends, _native
+
+
+@pytest.fixture
+def run():
+    def run_doctor():
+        lines = []
+        return doctor.report(lines.append), lines
+
+    return run_doctor
+
+
+def test_everything_that_is_usable_computes_the_right_numbers(run):
+    healthy, lines = run()
+    assert healthy
+    assert lines[-1] == "everything works"
+    for operation in ("selective_scan", "causal_conv1d"):
+        assert any(line.startswith(f"  {operation} parallel on cpu") for line in lines)
+
+
+@pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
+def test_the_kernels_are_checked_and_named_with_their_instruction_set(run):
+    _, lines = run()
+    assert f"  {'cpu':<14} fused ({_native.isa()})" in lines
+    assert sum(" fused on cpu" in line for line in lines) == 4
+
+
+def test_a_missing_kernel_is_named_with_the_reason_and_is_no_failure(run, monkeypatch):
+    monkeypatch.setitem(_backends.MISSING, "cpu", "nobody built it")
+    healthy, lines = run()
+    assert healthy
+    assert any(line.endswith("fused is not usable: nobody built it") for line in lines)
+    assert not any(" fused on cpu" in line for line in lines)
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_a_wrong_number_is_noticed(run, monkeypatch, wrong):
+    honest = doctor.selective_scan
+
+    def spoilt(*args, backend, **kwargs):
+        y, state = honest(*args, backend=backend, **kwargs)
+        return (y if backend == "reference" else y * wrong), state
+
+    monkeypatch.setattr(doctor, "selective_scan", spoilt)
+    healthy, lines = run()
+    assert not healthy
+    assert any(line.startswith("  selective_scan") and "WRONG" in line for line in lines)
+    assert not any(line.startswith("  causal_conv1d") and "WRONG" in line for line in lines)
+    assert lines[-1].endswith("of the checks failed")
+
+
+def test_extras_that_are_not_installed_are_named_with_the_command(monkeypatch):
+    real = doctor.metadata.version
+
+    def version(name):
+        if name == "matplotlib":
+            raise doctor.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    assert "pip install 'mambakit[plot]'" in dict(doctor.versions())["matplotlib"]
