@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mambakit.modules._hardware import in_hardware
 from mambakit.ops import _native
 
 _PACKAGES = ("torch", "mambakit", "transformers", "mambapy")
@@ -24,7 +25,7 @@ def describe() -> dict[str, object]:
         "isa": {
             "torch": torch.backends.cpu.get_cpu_capability(),
             "mambakit": _native.isa(),
-            "bf16_instructions": bf16_in_hardware(),
+            "bf16_instructions": in_hardware(torch.bfloat16, torch.device("cpu")),
         },
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
@@ -36,15 +37,9 @@ def describe() -> dict[str, object]:
 def slug() -> str:
     """Return a folder name for this device."""
     # Virtual machines of one processor differ in what they are let see of it.
-    bf16 = "with bf16" if bf16_in_hardware() else ""
+    bf16 = "with bf16" if in_hardware(torch.bfloat16, torch.device("cpu")) else ""
     name = f"{cpu_name()} {torch.get_num_threads()} threads {bf16}".lower()
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-
-
-def bf16_in_hardware() -> bool:
-    """Say whether this processor multiplies bfloat16 matrices itself."""
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def busy() -> float:
