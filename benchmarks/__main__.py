@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from mambakit.training import keep_freed_memory
-
 from . import machine, rows
 
 # Quick ones first. The number is how many rounds each runs unless told otherwise: a step of the
@@ -59,9 +57,8 @@ def main() -> None:
         parser.error("shakespeare must be given its text by --shakespeare FILE, got none")
     if options.threads:
         torch.set_num_threads(options.threads)
-    # As our trainer does; peers have it too.
-    described = machine.describe() | {"freed_memory_kept": keep_freed_memory()}
     folder = options.results / machine.slug()
+    described = machine.describe()
     if options.commit:
         described["commit"] = options.commit
     for name in options.names or BENCHMARKS:
