@@ -38,6 +38,30 @@ def test_a_missing_kernel_is_named_with_the_reason_and_is_no_failure(run, monkey
     assert not any(" fused on cpu" in line for line in lines)
 
 
+@pytest.mark.parametrize("left_over", [True, False])
+def test_a_build_that_failed_is_told_also_where_another_serves(
+    run, monkeypatch, tmp_path, left_over
+):
+    monkeypatch.setattr(_native, "_MISSING", tmp_path / "_cpu_missing.txt")
+    if left_over:
+        (tmp_path / "_cpu_missing.txt").write_text("_cpu_avx512 failed to compile (why)\n")
+    healthy, lines = run()
+    assert healthy
+    told = [line for line in lines if line.startswith("  not built")]
+    assert told == ["  not built      _cpu_avx512 failed to compile (why)"] * left_over
+
+
+def test_builds_without_the_one_to_start_from_are_no_lie_about_the_processor(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(_native, "_FOLDER", tmp_path)
+    monkeypatch.setattr(_native, "_MISSING", tmp_path / "_cpu_missing.txt")
+    (tmp_path / "_cpu_avx512.so").touch()
+    why = _native._why_none()
+    assert "_cpu_avx512.so" in why
+    assert "reinstall mambakit" in why
+
+
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
 def test_a_wrong_number_is_noticed(run, monkeypatch, wrong):
     honest = doctor.selective_scan

@@ -1,6 +1,7 @@
 """Laws of writing: a target is whole or as it was."""
 
 import errno
+import os
 
 import pytest
 
@@ -65,3 +66,40 @@ def test_reading_names_the_file_and_the_byte(tmp_path):
         read_text(tmp_path / "file", "config")
     with pytest.raises(ValueError, match=r"cannot read config .*none: No such file"):
         read_text(tmp_path / "none", "config")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders cannot be opened here")
+def test_the_new_name_reaches_the_disk_after_the_contents(tmp_path, monkeypatch):
+    done = []
+    fsync, rename = os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def note_rename(one, other):
+        done.append("rename")
+        rename(one, other)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    with replacing(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("1")
+    folder = tmp_path / "folder"
+    inodes = [path.stat().st_ino for path in (folder / "a", folder, tmp_path)]
+    assert done == [inodes[0], inodes[1], "rename", inodes[2]]
+
+
+def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"

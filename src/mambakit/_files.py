@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,12 +10,30 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
-def _sync(path: Path) -> None:
-    """Push a file, or every file of a folder, out to the disk."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    for file in files:
-        with file.open("rb+") as handle:
+def sync(path: Path) -> None:
+    """Push a file, or a folder with all that it holds, out to the disk."""
+    if path.is_file():
+        with path.open("rb+") as handle:
             os.fsync(handle.fileno())
+        return
+    for entry in path.iterdir():
+        sync(entry)
+    _sync_names(path)
+
+
+def _sync_names(folder: Path) -> None:
+    """Push the names of a folder's entries out to the disk; a rename is such a name."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # how a file system says that it has no such operation for folders
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
@@ -53,8 +72,9 @@ def replacing(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, target)
+        _sync_names(target.parent)
     except OSError as error:
         raise RuntimeError(f"cannot write {target}: {error.strerror or error}") from error
     except SafetensorError as error:

@@ -16,7 +16,7 @@ DONE, CHECK_FAILED, REFUSED = 0, 1, 2
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
 _TRAIN = """\
-example:
+example, in a clone of the repository (recipes/ is not installed):
   mambakit train recipes/demo.toml --out runs/demo --set training.minutes=2
   mambakit train recipes/demo.toml --out runs/demo --resume
 """
@@ -31,7 +31,7 @@ example:
 """
 _DOCTOR = """\
 example:
-  mambakit doctor && mambakit train recipes/demo.toml --out runs/demo
+  mambakit doctor && mambakit train run.toml --out runs/mine
 """
 
 
@@ -227,9 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "run_folder", type=Path, metavar="RUN", help="run folder of the model"
     )
-    evaluate.add_argument(
-        "files", type=Path, nargs="+", metavar="FILES", help="files or folders"
-    )
+    evaluate.add_argument("files", nargs="+", metavar="FILES", help="files or folders")
 
     doctor = command("doctor", "say what runs on this machine and check its numbers", _DOCTOR)
     doctor.set_defaults(run=_doctor)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambakit.ops import causal_conv1d, selective_scan
 from mambakit.ops._backends import Backend, Implementation, why_not_fused
-from mambakit.ops._native import isa
+from mambakit.ops._native import isa, not_built
 
 # Instructions that decide which kernel is picked and how fast bf16 can be.
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -107,13 +107,19 @@ def devices() -> Iterator[tuple[str, str]]:
 
 
 def kernels() -> Iterator[tuple[str, str]]:
-    """Say for each device which backend ``"auto"`` takes, and why not a faster one."""
+    """Say for each device which backend ``"auto"`` takes, and why not a faster one.
+
+    A build of the CPU library that failed is told even where another serves.
+    """
     for device in _present():
         why = why_not_fused(device)
         if why is None:
             yield str(device), f"fused ({isa()})" if device.type == "cpu" else "fused"
         else:
             yield str(device), f"parallel; fused is not usable: {why}"
+    note = not_built()
+    if note is not None and note not in (why_not_fused(torch.device("cpu")) or ""):
+        yield "not built", note
 
 
 def checks() -> Iterator[Check]:

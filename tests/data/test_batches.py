@@ -112,7 +112,7 @@ def test_tokens_are_read_from_disk_when_they_are_needed(tmp_path):
     [
         (
             PackedBatches,
-            r"the poem text must hold a window of length 16 .*\(17 tokens\), got 9",
+            r"the poem text must hold 2 windows of length 16 .*\(33 tokens\), got 9",
         ),
         (ContinuingBatches, r"must hold 2 streams of length 16 .*\(33 tokens\), got 9"),
     ],
@@ -129,3 +129,14 @@ def test_a_text_that_is_too_short_is_refused(kind, sentence):
 def test_sizes_below_one_are_refused(kind, size):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         kind(np.arange(9), seed=0, **size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "place",
+    [{}, {"epoch": 0}, {"epoch": -1, "position": 0}, {"epoch": 0, "position": 10**9}],
+)
+def test_a_place_that_is_none_is_refused(kind, place):
+    batches = kind(np.arange(100), batch_size=2, length=8, seed=0)
+    with pytest.raises(ValueError, match=f"{kind.__name__}: a place must"):
+        batches.load_state_dict(place)

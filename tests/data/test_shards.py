@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from mambakit._files import replacing
 from mambakit.data import (
     ByteTokenizer,
     CharacterTokenizer,
     find_documents,
+    shards,
     split_by_position,
     write_shard,
 )
@@ -120,3 +122,45 @@ def test_a_cache_that_cannot_be_written_is_refused(documents, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RuntimeError, match=r"cannot write .*file"):
         write_shard(documents, ByteTokenizer(), tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("name", ["shard.json", "documents.npy"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_damaged_record_is_refused_with_what_to_do(documents, tmp_path, name, share):
+    cache = tmp_path / "cache"
+    write_shard(documents, ByteTokenizer(), cache)
+    (folder,) = cache.iterdir()
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: int(share * len(data))])
+    with pytest.raises(RuntimeError, match=rf"{name} must be whole.*: delete the f") as refusal:
+        write_shard(documents, ByteTokenizer(), cache)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["shard.json", "documents.npy"])
+def test_a_missing_record_is_named(documents, tmp_path, name):
+    cache = tmp_path / "cache"
+    write_shard(documents, ByteTokenizer(), cache)
+    (folder,) = cache.iterdir()
+    (folder / name).unlink()
+    with pytest.raises(RuntimeError, match=f"{name} must be whole"):
+        write_shard(documents, ByteTokenizer(), cache)
+
+
+def test_two_runs_that_write_the_same_shard_at_once_both_get_it(
+    documents, tmp_path, monkeypatch
+):
+    cache = tmp_path / "cache"
+    other = []
+
+    def overtaken(target):
+        if not other:  # as another process that began a moment ago and ends first
+            other.append(None)
+            other.append(write_shard(documents, ByteTokenizer(), cache))
+        return replacing(target)
+
+    monkeypatch.setattr(shards, "replacing", overtaken)
+    shard = write_shard(documents, ByteTokenizer(), cache)
+    assert shard.digest == other[1].digest
+    assert bytes(shard.tokens) == bytes(other[1].tokens)
+    assert len(list(cache.iterdir())) == 1

@@ -135,3 +135,12 @@ def test_parts_by_position_are_the_text_in_order(tmp_path_factory, texts, shares
     parts = split_by_position(documents, *shares)
     # every piece is UTF-8 by itself, and together they are all of it
     assert "".join(d.read_text() for part in parts for d in part) == "".join(texts)
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [("", "a path must not be empty"), ("~nobody-here/x", "must begin with a home folder")],
+)
+def test_paths_that_lead_nowhere_are_refused(place, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        find_documents([place])

@@ -137,3 +137,15 @@ def test_a_missing_file_is_named(tmp_path):
         ValueError, match=r"cannot read tokenizer .*missing\.json: No such file"
     ):
         load_tokenizer(str(tmp_path / "missing.json"))
+
+
+def test_a_lone_surrogate_is_refused():
+    with pytest.raises(ValueError, match="got a lone surrogate at position 1"):
+        ByteTokenizer().encode("a\ud800")
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharacterTokenizer("ab")])
+@pytest.mark.parametrize("token", [-1, 256])
+def test_ids_that_there_are_not_are_refused(tokenizer, token):
+    with pytest.raises(ValueError, match=rf"tokenizer: ids must be in .*, got {token}"):
+        tokenizer.decode([token])

@@ -165,6 +165,7 @@ def test_a_nan_gives_tokens_of_the_vocabulary_and_no_crash(model):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
+        ([[1, 2]], "be a tensor, got list"),
         (torch.zeros(1, 0, dtype=torch.int64), r"at least one token .*got shape \(1, 0\)"),
         (torch.zeros(0, 3, dtype=torch.int64), r"at least one row, got shape \(0, 3\)"),
         (torch.zeros(3, dtype=torch.int64), r"got int64 of shape \(3,\)"),
@@ -182,15 +183,36 @@ def test_bad_prompts_are_refused(model, tokens, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of at least 0, got -1"),
         (
             {"seed": 1, "generator": torch.Generator()},
             "seed and generator must not both be given",
         ),
         ({"stop_tokens": [V]}, rf"stop_tokens must be in \[0, {V}\), got {V}"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens must be a whole number .*, got 2\.5"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a whole number .*, got None"),
+        ({"vocab_size": V + 1}, rf"vocab_size must be .* the model's {V}, got {V + 1}"),
+        ({"stop_tokens": 3}, "stop_tokens must be a list of ids, got 3"),
+        ({"stop_tokens": ["a"]}, rf"stop_tokens must be in \[0, {V}\), got 'a'"),
     ],
 )
 def test_bad_settings_are_refused_before_the_first_token(model, settings, message):
     with pytest.raises(ValueError, match=f"generate: {message}"):
         stream(model, draw(), **{"max_new_tokens": 1} | settings)
+
+
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.2])
+def test_only_ids_below_vocab_size_are_chosen(model, repetition_penalty):
+    prompt = torch.tensor([[V - 1, V - 2]])
+    more = generate(
+        model, prompt, max_new_tokens=40, temperature=5.0, seed=0, vocab_size=2,
+        repetition_penalty=repetition_penalty,
+    )  # fmt: skip
+    assert set(more[0, 2:].tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_that_torch_has_no_room_for_are_refused(model, seed):
+    with pytest.raises(ValueError, match=r"generate: seed must be .*, got -?\d+$"):
+        generate(model, draw(), max_new_tokens=1, seed=seed)

@@ -157,7 +157,11 @@ def test_short_dtypes_are_drawn_in_float32():
     [
         ({"temperature": -1.0}, r"temperature must be 0 or a positive number, got -1\.0"),
         ({"temperature": float("nan")}, "temperature must be 0 or a positive number, got nan"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"temperature": "a"}, "temperature must be 0 or a positive number, got 'a'"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"top_k": 1.5}, r"top_k must be a whole number of at least 1, got 1\.5"),
+        ({"top_k": True}, "top_k must be a whole number of at least 1, got True"),
+        ({"top_p": "a"}, r"top_p must be in \(0, 1\], got 'a'"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1\.5"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0\.1"),

@@ -176,5 +176,17 @@ def test_bad_prompts_are_refused(model, prompts, message):
 
 
 def test_streaming_checks_at_once(model):
-    with pytest.raises(ValueError, match="top_k must be at least 1"):
+    with pytest.raises(ValueError, match="top_k must be a whole number of at least 1"):
         stream_text(model, BYTES, "a", max_new_tokens=1, top_k=0)
+
+
+def test_one_string_is_no_list_of_stop_strings(model):
+    with pytest.raises(ValueError, match="stop must be a list of strings, got 'ab'"):
+        stream_text(model, BYTES, "a", max_new_tokens=1, stop="ab")
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_chosen():
+    model = MambaLM(MambaConfig(d_model=8, n_layer=1, vocab_size=5000, d_state=4))
+    settings = {"max_new_tokens": 20, "temperature": 5.0, "seed": 0}
+    (text,) = generate_text(model, BYTES, ["a"], **settings)
+    assert "".join(stream_text(model, BYTES, "a", **settings)) == text != ""

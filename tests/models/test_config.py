@@ -45,8 +45,10 @@ def test_published_sizes_take_changes():
         ({"d_state": 300}, "d_state must be at most 256, got 300"),
         ({"dt_rank": "many"}, 'dt_rank must be a whole number of at least 1 or "auto"'),
         ({"tie_embeddings": 1}, "tie_embeddings must be true or false, got 1"),
-        ({"norm_eps": 0.0}, r"norm_eps must be a positive number, got 0\.0"),
-        ({"dt_min": float("nan")}, "dt_min must be a positive number, got nan"),
+        ({"norm_eps": 0.0}, r"norm_eps must be a positive, finite number, got 0\.0"),
+        ({"dt_min": float("nan")}, "dt_min must be a positive, finite number, got nan"),
+        ({"dt_max": float("inf")}, "dt_max must be a positive, finite number, got inf"),
+        ({"d_model": 2**31}, r"d_model must be below 2\*\*31, got 2147483648"),
         ({"dt_min": 0.5}, r"dt_min must be at most dt_max=0\.1, got 0\.5"),
     ],
 )

@@ -225,3 +225,8 @@ def test_generate_is_generations():
     tokens = model.generate(prompt, max_new_tokens=2, temperature=0)
     assert_close(tokens[:, :3], prompt)
     assert_close(tokens[:, 3], model(prompt).logits[:, -1, :21].argmax(-1))
+
+
+def test_tokens_that_are_no_tensor_are_refused():
+    with pytest.raises(ValueError, match="tokens must be a tensor, got list"):
+        make()([[1, 2]])

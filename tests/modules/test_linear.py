@@ -147,3 +147,8 @@ def test_compiled_it_is_one_graph(able):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x), layer(x))
     assert_close(gradients(compiled(x), layer, x), gradients(layer(x), layer, x))
+
+
+def test_on_meta_it_gives_shapes():
+    layer = Linear(8, 3, device="meta")
+    assert layer(torch.empty(2, 8, device="meta")).shape == (2, 3)

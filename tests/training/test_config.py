@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mambakit.training import load_config, parse_config
+from mambakit.training import load_config, parse_config, train
 from mambakit.training.config import config_tables, dump_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -68,7 +68,7 @@ def test_an_override_of_minutes_takes_the_place_of_steps(tables, tmp_path):
         ("training", "length", 1.5, "training.length must be a whole number, got 1.5"),
         ("training", "length", True, "training.length must be a whole number, got True"),
         ("training", "clip", "much", "training.clip must be a number, got 'much'"),
-        ("training", "betas", [0.9], "training.betas must be a list"),
+        ("training", "betas", [0.9], "training.betas must be a list of two numbers, got [0.9]"),
         ("training", "precision", "fp8", "must be 'auto' or 'fp32' or 'bf16', got 'fp8'"),
         ("training", "length", 0, "training.length must be at least 1, got 0"),
         ("training", "clip", -1, "training.clip must be at least 0, got -1"),
@@ -81,6 +81,11 @@ def test_an_override_of_minutes_takes_the_place_of_steps(tables, tmp_path):
         ("data", "validation", 1.0, "must be at least 0 and below 1 together"),
         ("data", "files", [], "data.files must name at least one file"),
         ("data", "source", "python-stdlib", "data.files must be absent with source"),
+        ("training", "minutes", float("inf"), "training.minutes must be finite, got inf"),
+        ("training", "learning_rate", float("inf"), "learning_rate must be finite, got inf"),
+        ("training", "betas", [0.9, float("nan")], "training.betas must be finite"),
+        ("model", "dt_max", float("inf"), "dt_max must be a positive, finite number, got inf"),
+        ("report", "temperature", float("inf"), "report.temperature must be finite, got inf"),
         ("report", "top_p", 0, "report.top_p must be above 0 and at most 1"),
     ],
 )
@@ -134,3 +139,17 @@ def test_toml_is_plain(config):
     assert set(tomllib.loads(dump_config(config))) == {
         "data", "tokenizer", "model", "training", "report",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("table", ["training", "report"])
+@pytest.mark.parametrize("seed", [-1, 2**63, int("9" * 40)])
+def test_seeds_out_of_range_are_refused(tables, table, seed):
+    tables[table]["seed"] = seed
+    with pytest.raises(ValueError, match=rf"{table}\.seed must be at least 0 and below 2"):
+        parse_config(tables)
+
+
+def test_the_largest_seed_draws_weights_and_batches(tables, tmp_path):
+    tables["training"] |= {"seed": 2**63 - 1, "steps": 1}
+    train(parse_config(tables), tmp_path / "run", say=lambda line: None)
+    assert load_config(tmp_path / "run" / "config.toml").training.seed == 2**63 - 1

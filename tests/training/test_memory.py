@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from mambakit.training.memory import keep_freed_memory
+from mambakit.training.memory import keep_freed_memory, refuse_too_large
 
 # A block far above glibc's largest threshold (32 MiB), freed: does the process still hold it?
 _PROBE = """
@@ -38,3 +39,11 @@ def test_a_freed_block_stays_with_the_process():
 def test_it_says_no_where_the_c_library_is_another(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
+
+
+def test_a_lack_of_memory_is_one_sentence_and_other_errors_pass():
+    needs = pytest.raises(RuntimeError, match="train: a vector needs more memory than")
+    with needs, refuse_too_large("a vector"):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match=r"^else$"), refuse_too_large("a vector"):
+        raise RuntimeError("else")

@@ -1,5 +1,8 @@
 """Laws of the optimiser: what decays, and that its state comes back."""
 
+import copy
+import io
+
 import pytest
 import torch
 
@@ -28,6 +31,22 @@ def decaying(model, **changes):
 def test_only_weight_matrices_and_kernels_decay():
     mixer = "backbone.layers.0.mixer."
     assert decaying(MambaLM(CONFIG)) == {mixer + name for name in DECAYS}
+
+
+def copy_by_pickle(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_by_pickle])
+def test_a_copy_of_a_model_decays_as_the_model_does(duplicate):
+    model = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=32, d_state=4, bias=True))
+    twin = duplicate(model)
+    assert decaying(twin) == decaying(model)
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert hasattr(one, "_no_weight_decay") == hasattr(other, "_no_weight_decay"), name
 
 
 def test_the_embedding_decays_on_request():

@@ -28,3 +28,8 @@ def test_a_device_that_is_none_is_refused():
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(RuntimeError, match="'cuda' cannot be used"):
         resolve_device("cuda")
+
+
+def test_a_device_that_computes_nothing_is_refused():
+    with pytest.raises(ValueError, match="must be one that computes, got 'meta'"):
+        resolve_device("meta")

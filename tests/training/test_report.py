@@ -46,3 +46,27 @@ def test_without_a_test_text_it_scores_the_validation_text(tables, tmp_path):
     said = report_of(tables, tmp_path / "run")
     assert "bits per byte on the validation text" in said
     assert "a sample" not in said
+
+
+def test_separators_are_scored_and_squeezed_with_the_text(tables, tmp_path):
+    tables["data"]["separator"] = "<|end|>"
+    tables["report"]["tokens"] = 0
+    said = report_of(tables, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    (document,) = find_splits(run.config.data).test
+    data = document.read() + b"<|end|>"
+    (tmp_path / "test.txt").write_bytes(data)
+    (score,) = evaluate_files(run.model, run.tokenizer, [tmp_path / "test.txt"]).values()
+    figures = re.findall(r"^  (?:this model|xz -9) +(\d+\.\d{3})", said, re.MULTILINE)
+    assert f"({len(data):,} bytes, 1 file)" in said
+    assert float(figures[0]) == pytest.approx(score.bits_per_byte, abs=6e-4)
+    squeezed = 8 * len(lzma.compress(data, preset=9)) / len(data)
+    assert float(figures[1]) == pytest.approx(squeezed, abs=6e-4)
+
+
+def test_a_test_text_of_one_token_costs_a_uniform_guess(tables, text, tmp_path):
+    tables["data"] |= {"validation": 0.1, "test": 0.5 / text.stat().st_size}
+    tables["report"]["tokens"] = 0
+    said = report_of(tables, tmp_path / "run")
+    assert "test text (1 bytes, 1 file)" in said
+    assert re.search(r"^  this model  8\.000 ", said, re.MULTILINE)

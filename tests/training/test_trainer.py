@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mambakit.models import MambaLM
 from mambakit.training import Interrupted, load_run, parse_config, resume, train, trainer
@@ -98,7 +99,7 @@ def test_the_picture_is_drawn_where_matplotlib_is(config, tmp_path):
 
 
 def test_without_matplotlib_the_run_says_so_at_the_start(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("mambakit.training.plot.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = []
     train(config, tmp_path / "run", say=said.append)
     assert any("pip install 'mambakit[plot]'" in line for line in said[:4])
@@ -400,6 +401,31 @@ def test_resuming_with_another_text_is_refused(config, tmp_path, text):
         train(config, tmp_path / "run", resume=True, say=quiet)
 
 
+def test_resuming_with_another_validation_text_is_refused(config, tmp_path, text):
+    train(config, tmp_path / "run", say=quiet)
+    data = bytearray(text.read_bytes())
+    data[int(0.85 * len(data))] ^= 1
+    text.write_bytes(data)
+    with pytest.raises(ValueError, match="the validation text must be the one that the run"):
+        train(config, tmp_path / "run", resume=True, say=quiet)
+
+
+def test_a_validation_text_of_one_token_is_refused_before_training(tables, text, tmp_path):
+    tables["data"] |= {"validation": 0.5 / text.stat().st_size, "test": 0.0}
+    with pytest.raises(ValueError, match="the validation part must hold at least 2 tokens"):
+        train(parse_config(tables), tmp_path / "run", say=quiet)
+
+
+def test_a_start_that_was_killed_before_its_config_does_not_block_the_folder(config, tmp_path):
+    train(config, tmp_path / "whole", say=quiet)
+    train(config, tmp_path / "cut", say=quiet)
+    for entry in (tmp_path / "cut").iterdir():
+        if entry.name not in ("tokens", "tokenizer.json"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    train(config, tmp_path / "cut", say=quiet)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_resuming_nothing_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match="must hold a run to resume"):
         train(config, tmp_path / "run", resume=True, say=quiet)
@@ -413,6 +439,52 @@ def test_a_damaged_checkpoint_is_refused(config, tmp_path, name):
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as refusal:
         train(config, tmp_path / "run", resume=True, say=quiet)
     assert "whole" in str(refusal.value)
+
+
+def test_a_checkpoint_of_wrong_numbers_is_refused(config, tmp_path):
+    train(config, tmp_path / "run", say=quiet)
+    path = checkpoint_folder(tmp_path / "run", 12) / "training.json"
+    record = json.loads(path.read_text())
+    changes = (
+        {"batches": {}},
+        {"batches": {"epoch": 0, "position": 10**9}},
+        {"batches": {"epoch": -1, "position": 0}},
+        {"step": "12"},
+        {"recent": None},
+        {"colour": "red"},
+    )
+    less = {name: value for name, value in record.items() if name != "batches"}
+    for wrong in ({}, [], less, *(record | change for change in changes)):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"training\.json must be a whole") as refusal:
+            train(config, tmp_path / "run", resume=True, say=quiet)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_without_all_its_tensors_is_refused(config, tmp_path):
+    config = with_training(config, batches="continuing")
+    train(config, tmp_path / "run", say=quiet)
+    path = checkpoint_folder(tmp_path / "run", 12) / "training.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    for name in ("random.cpu", "state.1.conv", "optimizer.backbone.norm_f.weight.step"):
+        save_file({k: v for k, v in tensors.items() if k != name}, path)
+        lacks = rf"training\.safetensors must be a whole .*{name.removeprefix('optimizer.')}"
+        with pytest.raises(ValueError, match=lacks):
+            train(config, tmp_path / "run", resume=True, say=quiet)
+    save_file(tensors | {"random.cpu": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"must be a whole .* got: random\.cpu must be"):
+        train(config, tmp_path / "run", resume=True, say=quiet)
+
+
+def test_a_damaged_line_of_the_metrics_is_named(config, tmp_path):
+    train(config, tmp_path / "run", say=quiet)
+    path = tmp_path / "run" / "metrics.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    for line in ("garbage", "[]", "{}", '{"kind": "tea", "step": 1}'):
+        path.write_text("".join([first, line + "\n", *rest]))
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, must") as refusal:
+            train(config, tmp_path / "run", resume=True, say=quiet)
+        assert "\n" not in str(refusal.value)
 
 
 def test_a_last_line_cut_short_is_not_read(config, tmp_path):
@@ -441,3 +513,36 @@ def test_the_time_of_a_run_adds_up_over_its_processes(config, tmp_path, monkeypa
             train(config, tmp_path / "run", say=quiet)
     before = read_run_state(checkpoint_folder(tmp_path / "run", 4)).seconds
     assert train(config, tmp_path / "run", resume=True, say=quiet).seconds > before > 0
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "sentence"),
+    [
+        ("report", {"prompt": "\u20ac"}, "report.prompt must be text that the tokenizer reads"),
+        ("model", {"expand": 2**30}, "a model of d_model 16 and n_layer 2 needs more memory"),
+        ("data", {"files": ["~nobody-here/x"]}, "must begin with a home folder"),
+        ("data", {"validation": 1e-5}, "data: the validation part must hold"),
+        ("training", {"batch_size": 10**6}, "must hold 1000000 windows of length 32"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_run(tables, tmp_path, table, changes, sentence):
+    tables["tokenizer"] = {"kind": "character"}
+    tables[table] |= changes
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        train(parse_config(tables), tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_beyond_the_end_of_the_run_is_refused(config, tmp_path):
+    train(config, tmp_path / "run", say=quiet)
+    path = checkpoint_folder(tmp_path / "run", 12) / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 99}))
+    with pytest.raises(ValueError, match=r"must have a step of at most 12, .* got 99"):
+        train(config, tmp_path / "run", resume=True, say=quiet)
+
+
+def test_a_matplotlib_that_cannot_be_imported_is_left_out(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = []
+    train(config, tmp_path / "run", say=said.append)
+    assert any("matplotlib cannot be imported" in line for line in said[:4])

@@ -44,16 +44,27 @@ def _check(kind: str, tokens: NDArray, batch_size: int, length: int, name: str) 
     for argument, value in (("batch_size", batch_size), ("length", length)):
         if value < 1:
             raise ValueError(f"{kind}: {argument} must be at least 1, got {value}")
-    needed = length + 1 if kind == "PackedBatches" else batch_size * length + 1
+    # a batch of more windows than the text has would hold some of them several times
+    needed = batch_size * length + 1
     if len(tokens) < needed:
-        shape = (
-            f"a window of length {length}"
-            if kind == "PackedBatches"
-            else f"{batch_size} streams of length {length}"
-        )
+        rows = "windows" if kind == "PackedBatches" else "streams"
         raise ValueError(
-            f"{kind}: the {name} text must hold {shape} and one token more ({needed} tokens), "
-            f"got {len(tokens)}"
+            f"{kind}: the {name} text must hold {batch_size} {rows} of length {length} and one "
+            f"token more ({needed} tokens), got {len(tokens)}: reduce batch_size or length"
+        )
+
+
+def _check_place(kind: str, place: dict[str, int]) -> None:
+    if place.keys() != {"epoch", "position"} or min(place.values()) < 0:
+        raise ValueError(
+            f"{kind}: a place must be an epoch and a position, each at least 0, got {place}"
+        )
+
+
+def _check_position(kind: str, position: int, windows: int) -> None:
+    if position > windows:
+        raise ValueError(
+            f"{kind}: a place must lie within its epoch of {windows} windows, got {position}"
         )
 
 
@@ -81,7 +92,8 @@ class PackedBatches:
         name: What to call the text in errors.
 
     Raises:
-        ValueError: The text is shorter than ``length + 1`` tokens, or a size is below 1.
+        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, or a size is
+            below 1.
 
     Example:
         >>> batches = PackedBatches(np.arange(100), batch_size=2, length=8, seed=0)
@@ -139,8 +151,14 @@ class PackedBatches:
         return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, place: dict[str, int]) -> None:
-        """Go to a place that ``state_dict`` gave; text, sizes and seed must be the same."""
+        """Go to a place that ``state_dict`` gave; text, sizes and seed must be the same.
+
+        Raises:
+            ValueError: There is no such place.
+        """
+        _check_place("PackedBatches", place)
         self._go_to(place["epoch"], place["position"])
+        _check_position("PackedBatches", self._position, len(self._starts))
 
 
 class ContinuingBatches:
@@ -216,5 +234,10 @@ class ContinuingBatches:
         """Go to a place that ``state_dict`` gave; text, sizes and seed must be the same.
 
         The model's state belongs to the place too, and the caller keeps it.
+
+        Raises:
+            ValueError: There is no such place.
         """
+        _check_place("ContinuingBatches", place)
         self._go_to(place["epoch"], place["position"])
+        _check_position("ContinuingBatches", self._position, self._windows)

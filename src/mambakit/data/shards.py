@@ -65,7 +65,14 @@ def _digest(documents: Sequence[Document], tokenizer: Tokenizer, separator: str)
     return digest.hexdigest()
 
 
-def _encode(document: Document, tokenizer: Tokenizer, separator: str) -> NDArray[np.int64]:
+def encode_document(
+    document: Document, tokenizer: Tokenizer, separator: str = ""
+) -> NDArray[np.int64]:
+    """Turn a document, and the separator that follows it, into token ids.
+
+    Raises:
+        ValueError: The file cannot be read, or the tokenizer cannot read it; it is named.
+    """
     text = document.read() if tokenizer.reads_bytes else document.read_text()
     try:
         ids = tokenizer.encode(text)
@@ -110,49 +117,73 @@ def write_shard(
     digest = _digest(documents, tokenizer, separator)
     folder = cache / f"{name}-{digest[:16]}"
     if not folder.exists():
-        dtype = _narrowest(tokenizer.vocab_size)
-        ends = [0]
-        with replacing(folder) as temporary:
-            temporary.mkdir()
-            with (temporary / "tokens.bin").open("wb") as file:
-                for document in documents:
-                    ids = _encode(document, tokenizer, separator)
-                    file.write(ids.astype(dtype).tobytes())
-                    ends.append(ends[-1] + len(ids))
-            if ends[-1] == 0:
-                raise ValueError(
-                    f"data: the {name} text must hold at least one token, got none"
-                )
-            np.save(temporary / "documents.npy", np.array(ends, dtype=np.int64))
-            record = {
-                "format": _FORMAT,
-                "digest": digest,
-                "dtype": dtype.str,
-                "tokens": ends[-1],
-                "bytes": sum(d.size for d in documents)
-                + len(documents) * len(separator.encode()),
-                "tokenizer": tokenizer.name,
-            }
-            (temporary / "shard.json").write_text(
-                json.dumps(record, indent=2), encoding="utf-8"
-            )
-    return _open_shard(folder, name)
+        try:
+            with replacing(folder) as temporary:
+                temporary.mkdir()
+                _write(temporary, documents, tokenizer, separator, digest, name)
+        except RuntimeError:
+            # another run that shares the cache may have put the same shard there meanwhile
+            if not folder.exists():
+                raise
+    return _open_shard(folder, digest, name)
 
 
-def _open_shard(folder: Path, name: str) -> Shard:
-    record = json.loads(read_text(folder / "shard.json", "token shard"))
-    dtype, count = np.dtype(record["dtype"]), int(record["tokens"])
-    file = folder / "tokens.bin"
-    size = file.stat().st_size if file.exists() else 0
-    if size != count * dtype.itemsize:
+def _write(
+    folder: Path,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    separator: str,
+    digest: str,
+    name: str,
+) -> None:
+    dtype = _narrowest(tokenizer.vocab_size)
+    ends = [0]
+    with (folder / "tokens.bin").open("wb") as file:
+        for document in documents:
+            ids = encode_document(document, tokenizer, separator)
+            file.write(ids.astype(dtype).tobytes())
+            ends.append(ends[-1] + len(ids))
+    if ends[-1] == 0:
+        raise ValueError(f"data: the {name} text must hold at least one token, got none")
+    np.save(folder / "documents.npy", np.array(ends, dtype=np.int64))
+    record = {
+        "format": _FORMAT,
+        "digest": digest,
+        "dtype": dtype.str,
+        "tokens": ends[-1],
+        "bytes": sum(d.size for d in documents) + len(documents) * len(separator.encode()),
+        "tokenizer": tokenizer.name,
+    }
+    (folder / "shard.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def _open_shard(folder: Path, digest: str, name: str) -> Shard:
+    again = f"delete the folder {folder} and it is written again"
+    file = folder / "shard.json"
+    try:
+        record = json.loads(read_text(file, "token shard"))
+        dtype, count, size = np.dtype(record["dtype"]), record["tokens"], record["bytes"]
+        whole = record["digest"] == digest and count > 0 and size > 0
+    except (ValueError, KeyError, TypeError) as error:
         raise RuntimeError(
-            f"data: {file} must hold {count * dtype.itemsize} bytes, got {size}: delete the "
-            f"folder {folder} and it is written again"
+            f"data: {file} must be whole, got one that is damaged ({error!r}): {again}"
+        ) from error
+    if not whole:
+        raise RuntimeError(f"data: {file} must describe the text, got another's: {again}")
+
+    file = folder / "tokens.bin"
+    found = file.stat().st_size if file.exists() else 0
+    if found != count * dtype.itemsize:
+        raise RuntimeError(
+            f"data: {file} must hold {count * dtype.itemsize} bytes, got {found}: {again}"
         )
-    return Shard(
-        tokens=np.memmap(file, dtype=dtype, mode="r", shape=(count,)),
-        documents=np.load(folder / "documents.npy"),
-        bytes=int(record["bytes"]),
-        digest=record["digest"],
-        name=name,
-    )
+    tokens = np.memmap(file, dtype=dtype, mode="r", shape=(count,))
+
+    file = folder / "documents.npy"
+    try:
+        documents = np.load(file)
+    except (OSError, ValueError, EOFError) as error:
+        raise RuntimeError(f"data: {file} must be whole, got: {error}: {again}") from error
+    if documents.ndim != 1 or not len(documents) or documents[-1] != count:
+        raise RuntimeError(f"data: {file} must end at token {count}, got another end: {again}")
+    return Shard(tokens=tokens, documents=documents, bytes=size, digest=digest, name=name)

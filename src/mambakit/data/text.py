@@ -92,6 +92,20 @@ def _below(folder: Path, paths: Iterable[Path]) -> Iterator[Document]:
             yield _document(name, path)
 
 
+def expand(place: str) -> Path:
+    """Make a path of ``place``, whose ``~`` or ``~name`` becomes the home folder.
+
+    Raises:
+        ValueError: There is no such home folder, or ``place`` is empty.
+    """
+    if not place:
+        raise ValueError("data: a path must not be empty, got ''")
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"data: {place} must begin with a home folder, got none") from error
+
+
 def find_documents(
     places: Sequence[str], patterns: Sequence[str] = ("*.txt",)
 ) -> tuple[Document, ...]:
@@ -107,7 +121,7 @@ def find_documents(
     """
     documents: list[Document] = []
     for place in places:
-        path = Path(place).expanduser()
+        path = expand(place)
         if path.is_dir():
             found = list(_below(path, {p for pattern in patterns for p in path.rglob(pattern)}))
             if not found:

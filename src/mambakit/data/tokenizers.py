@@ -54,6 +54,24 @@ def _as_text(text: str | bytes, name: str) -> str:
         ) from error
 
 
+def _as_bytes(text: str | bytes, name: str) -> bytes:
+    if isinstance(text, bytes):
+        return text
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} tokenizer: text must be encodable as UTF-8, got a lone surrogate "
+            f"at position {error.start}"
+        ) from error
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"{name} tokenizer: ids must be in [0, {vocab_size}), got {i}")
+
+
 class ByteTokenizer:
     """Read every byte as a token: 256 of them, no training, no unknown text.
 
@@ -70,10 +88,10 @@ class ByteTokenizer:
     reads_bytes = True
 
     def encode(self, text: str | bytes) -> Ids:
-        data = text.encode("utf-8") if isinstance(text, str) else text
-        return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(_as_bytes(text, self.name), dtype=np.uint8).astype(np.int64)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        _check_ids(ids, self.vocab_size, self.name)
         return bytes(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -133,6 +151,7 @@ class CharacterTokenizer:
         return ids.astype(np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
+        _check_ids(ids, self.vocab_size, self.name)
         return "".join(self.characters[i] for i in ids)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -204,6 +223,7 @@ class JsonTokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str | bytes) -> Ids:
+        _as_bytes(text, self.name)  # a lone surrogate would be an error of the library's own
         encoding = self._tokenizer.encode(_as_text(text, self.name), add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.int64)
 

@@ -4,4 +4,5 @@ from .language import (
     LanguageScore as LanguageScore,
     evaluate_files as evaluate_files,
     evaluate_tokens as evaluate_tokens,
+    evaluate_whole as evaluate_whole,
 )

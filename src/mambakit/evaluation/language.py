@@ -120,8 +120,32 @@ def evaluate_tokens(
     return LanguageScore(nats.item(), scored, scored / tokens_per_byte)
 
 
+def evaluate_whole(
+    model: MambaLM, tokenizer: Tokenizer, tokens: NDArray, *, size: int, chunk: int = 1024
+) -> LanguageScore:
+    """Score a text from its first token on, as a complete code for its bytes.
+
+    The first token, which nothing precedes, costs ``ln vocab_size`` nats (a uniform guess);
+    every other one what ``evaluate_tokens`` says.
+
+    Args:
+        model: The language model.
+        tokenizer: The tokenizer that made the tokens.
+        tokens: The text ``(k,)``, k >= 1.
+        size: How many bytes the text has.
+        chunk: Steps that run at once; it bounds the memory only.
+
+    Raises:
+        ValueError: A token is outside the model's vocabulary, or ``chunk`` is below 1.
+    """
+    score = LanguageScore(math.log(tokenizer.vocab_size), 1, 0)
+    if len(tokens) > 1:
+        score += evaluate_tokens(model, tokens, chunk=chunk)
+    return LanguageScore(score.nats, score.tokens, size)
+
+
 def evaluate_files(
-    model: MambaLM, tokenizer: Tokenizer, files: Sequence[Path], *, chunk: int = 1024
+    model: MambaLM, tokenizer: Tokenizer, files: Sequence[Path | str], *, chunk: int = 1024
 ) -> dict[str, LanguageScore]:
     """Score whole files, each from no state, and say how many bits each byte costs.
 
@@ -146,10 +170,8 @@ def evaluate_files(
         text = document.read() if tokenizer.reads_bytes else document.read_text()
         try:
             tokens = tokenizer.encode(text)
-            score = LanguageScore(math.log(tokenizer.vocab_size), 1, 0)
-            if len(tokens) > 1:
-                score += evaluate_tokens(model, tokens, chunk=chunk)
+            score = evaluate_whole(model, tokenizer, tokens, size=document.size, chunk=chunk)
         except ValueError as error:
             raise ValueError(f"{document.path}: {error}") from error
-        scores[str(document.path)] = LanguageScore(score.nats, score.tokens, document.size)
+        scores[str(document.path)] = score
     return scores

@@ -1,6 +1,6 @@
 """The loop: read the prompt in one pass, then one step for each new token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Int
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambakit.models import MambaLM
 
-from .sampling import SamplingRules
+from .sampling import SamplingRules, is_whole
 
 
 def generate(
@@ -21,6 +21,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    vocab_size: int | None = None,
     stop_tokens: Sequence[int] = (),
     seed: int | None = None,
     generator: torch.Generator | None = None,
@@ -30,8 +31,8 @@ def generate(
         token_{t+1} ~ softmax(rules(logits_t))
 
     The rules apply in this order: repetition penalty, temperature, top-k, top-p, min-p. Ids
-    beyond ``config.vocab_size`` are never chosen. Time for each new token does not depend on
-    how many there are already.
+    from ``vocab_size`` on are never chosen, before any rule. Time for each new token
+    does not depend on how many there are already.
 
     Args:
         model: The language model.
@@ -44,9 +45,12 @@ def generate(
             all.
         repetition_penalty: Above 1, tokens of the prompt and of the continuation so far get
             less likely.
+        vocab_size: Only ids below it are chosen, such as those that a tokenizer knows of a
+            model that has more; ``None`` means ``config.vocab_size``.
         stop_tokens: A row ends with the first of these it produces, and repeats it until all
             rows have ended.
-        seed: Same seed, same tokens, on the same device. ``None`` means torch's global state.
+        seed: Same seed, same tokens, on the same device; at least -2**63 and below 2**64.
+            ``None`` means torch's global state.
         generator: Source of chance, instead of a seed.
 
     Returns:
@@ -76,6 +80,7 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        vocab_size=vocab_size,
         stop_tokens=stop_tokens,
         seed=seed,
         generator=generator,
@@ -93,6 +98,7 @@ def stream(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    vocab_size: int | None = None,
     stop_tokens: Sequence[int] = (),
     seed: int | None = None,
     generator: torch.Generator | None = None,
@@ -116,17 +122,35 @@ def stream(
     """
     rules = SamplingRules(temperature, top_k, top_p, min_p, repetition_penalty)
     _check_prompt(model, tokens)
-    if max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens must not be negative, got {max_new_tokens}")
-    vocab_size = model.config.vocab_size
+    if not is_whole(max_new_tokens) or max_new_tokens < 0:
+        raise ValueError(
+            "generate: max_new_tokens must be a whole number of at least 0, "
+            f"got {max_new_tokens!r}"
+        )
+    known = model.config.vocab_size
+    if vocab_size is None:
+        vocab_size = known
+    if not is_whole(vocab_size) or not 1 <= vocab_size <= known:
+        raise ValueError(
+            f"generate: vocab_size must be a whole number from 1 to the model's {known}, "
+            f"got {vocab_size!r}"
+        )
+    if not isinstance(stop_tokens, Iterable):
+        raise ValueError(f"generate: stop_tokens must be a list of ids, got {stop_tokens!r}")
     for token in stop_tokens:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"generate: stop_tokens must be in [0, {vocab_size}), got {token}")
+        if not is_whole(token) or not 0 <= token < known:
+            raise ValueError(f"generate: stop_tokens must be in [0, {known}), got {token!r}")
     if seed is not None:
         if generator is not None:
             raise ValueError("generate: seed and generator must not both be given")
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(
+                f"generate: seed must be at least -2**63 and below 2**64, got {seed}"
+            )
         generator = torch.Generator(tokens.device).manual_seed(seed)
-    return _steps(model, tokens, max_new_tokens, rules, tuple(stop_tokens), generator)
+    return _steps(
+        model, tokens, max_new_tokens, rules, vocab_size, tuple(stop_tokens), generator
+    )
 
 
 @torch.inference_mode()
@@ -135,13 +159,15 @@ def _steps(
     tokens: Tensor,
     max_new_tokens: int,
     rules: SamplingRules,
+    vocab_size: int,
     stop_tokens: tuple[int, ...],
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    b, vocab_size = tokens.shape[0], model.config.vocab_size
+    b = tokens.shape[0]
     seen = None
     if rules.repetition_penalty != 1:
-        seen = torch.zeros(b, vocab_size, dtype=torch.bool, device=tokens.device)
+        # a prompt may hold ids that are not chosen
+        seen = torch.zeros(b, model.config.vocab_size, dtype=torch.bool, device=tokens.device)
         seen.scatter_(1, tokens.long(), True)
     ends = torch.tensor(stop_tokens, device=tokens.device) if stop_tokens else None
     ended = torch.zeros(b, dtype=torch.bool, device=tokens.device)
@@ -150,7 +176,8 @@ def _steps(
     chosen: Tensor | None = None
     for _ in range(max_new_tokens):
         logits, state = model(tokens, state, last_only=True)
-        fresh = rules.choose(logits[:, -1, :vocab_size], seen, generator)
+        met = None if seen is None else seen[:, :vocab_size]
+        fresh = rules.choose(logits[:, -1, :vocab_size], met, generator)
         if ends is not None and chosen is not None:
             fresh = torch.where(ended, chosen, fresh)
         chosen = fresh
@@ -165,6 +192,8 @@ def _steps(
 
 
 def _check_prompt(model: MambaLM, tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"generate: tokens must be a tensor, got {type(tokens).__name__}")
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"generate: tokens must be int64 or int32 of shape (b, l), "

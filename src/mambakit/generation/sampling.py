@@ -5,6 +5,8 @@ a rule forbids gets minus infinity. ``p = softmax(logits)`` below is taken over 
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -100,6 +102,15 @@ def keep_min_p(logits: Float[Tensor, "b v"], p: float) -> Float[Tensor, "b v"]:
     return logits.masked_fill(odds < p, -torch.inf)
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Tell whether ``value`` is an integer of Python or NumPy, and not a truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class SamplingRules:
     """Choose the next token: which rules apply, in this order, and how strongly.
@@ -128,20 +139,23 @@ class SamplingRules:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"generate: temperature must be 0 or a positive number, got {self.temperature}"
+                "generate: temperature must be 0 or a positive number, "
+                f"got {self.temperature!r}"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"generate: top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"generate: top_p must be in (0, 1], got {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"generate: min_p must be in [0, 1], got {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if self.top_k is not None and not (is_whole(self.top_k) and self.top_k >= 1):
             raise ValueError(
-                f"generate: repetition_penalty must be a positive number, "
-                f"got {self.repetition_penalty}"
+                f"generate: top_k must be a whole number of at least 1, got {self.top_k!r}"
+            )
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"generate: top_p must be in (0, 1], got {self.top_p!r}")
+        if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise ValueError(f"generate: min_p must be in [0, 1], got {self.min_p!r}")
+        penalty = self.repetition_penalty
+        if not _is_number(penalty) or not 0 < penalty < float("inf"):
+            raise ValueError(
+                f"generate: repetition_penalty must be a positive number, got {penalty!r}"
             )
 
     @property

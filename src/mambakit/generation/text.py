@@ -28,7 +28,7 @@ class TextStream:
         stop: Strings that end the text; none of them appears in it.
 
     Raises:
-        ValueError: A stop string is empty.
+        ValueError: A stop string is empty, or ``stop`` is one string.
 
     Example:
         >>> from mambakit.data import ByteTokenizer
@@ -40,6 +40,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str):
+            raise ValueError(f"generate: stop must be a list of strings, got {stop!r}")
         for string in stop:
             if not string:
                 raise ValueError("generate: stop strings must not be empty, got ''")
@@ -119,6 +121,7 @@ def stream_text(
         max_new_tokens: New tokens, at most.
         stop: The text ends before the first of these strings to appear in it.
         settings: The other settings of ``generate``: ``temperature``, ``top_k``, ``seed``, ...
+            ``vocab_size`` is the tokenizer's where the model's is larger.
 
     Raises:
         ValueError: As ``generate``, or a stop string is empty, or the tokenizer cannot
@@ -136,6 +139,7 @@ def stream_text(
     """
     tokens = _encode(model, tokenizer, [prompt])
     text = TextStream(tokenizer, stop)
+    settings = {"vocab_size": _known(model, tokenizer), **settings}
     steps = stream(model, tokens, max_new_tokens=max_new_tokens, **settings)
     ends = frozenset(settings.get("stop_tokens", ()))
     return _pieces(steps, text, ends)
@@ -172,6 +176,7 @@ def generate_text(
         max_new_tokens: New tokens for each text, at most.
         stop: Each text ends before the first of these strings to appear in it.
         settings: The other settings of ``generate``: ``temperature``, ``top_k``, ``seed``, ...
+            ``vocab_size`` is the tokenizer's where the model's is larger.
 
     Raises:
         ValueError: As ``generate``, or the prompts have different numbers of tokens, or a stop
@@ -192,6 +197,7 @@ def generate_text(
     ends = frozenset(settings.get("stop_tokens", ()))
     written = [""] * len(texts)
     ended = [False] * len(texts)
+    settings = {"vocab_size": _known(model, tokenizer), **settings}
     for step in stream(model, tokens, max_new_tokens=max_new_tokens, **settings):
         for row, token in enumerate(step.tolist()):
             ended[row] = ended[row] or token in ends
@@ -201,6 +207,11 @@ def generate_text(
         if all(ended):
             break
     return [head + text.finish() for head, text in zip(written, texts, strict=True)]
+
+
+def _known(model: MambaLM, tokenizer: Tokenizer) -> int:
+    """Return how many ids both know: a model may have more, which no text is made of."""
+    return min(tokenizer.vocab_size, model.config.vocab_size)
 
 
 def _encode(model: MambaLM, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:

@@ -97,6 +97,8 @@ class Backbone(nn.Module):
             ValueError: ``tokens`` are not whole numbers of shape ``(b, l)``, or ``state`` is of
                 a model of other sizes or of another number of sequences.
         """
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"MambaLM: tokens must be a tensor, got {type(tokens).__name__}")
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"MambaLM: tokens must be int64 or int32 of shape (b, l), "

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mambakit._files import read_text, replacing
+from mambakit._files import read_text, replacing, sync
 from mambakit.ops._backends import Backend
 
 from .config import MambaConfig
@@ -24,9 +24,10 @@ _NAMES_SHOWN = 20
 def save(model: MambaLM, folder: str | Path) -> None:
     """Write a model to ``folder``, which is made if it is not there.
 
-    Each of the two files takes its name only when it is whole, so an interruption, a full disk
-    or a refusal leaves what was there before. A tied matrix is written once. Tensors keep their
-    dtypes.
+    Both files are whole and on the disk before either takes its name, so an interruption, a
+    full disk or a refusal leaves the model that was there before. Only a process killed between
+    the two renames leaves new weights beside an old config. A tied matrix is written once.
+    Tensors keep their dtypes.
 
     Raises:
         RuntimeError: The folder cannot be written; the message says why.
@@ -45,10 +46,11 @@ def save(model: MambaLM, folder: str | Path) -> None:
     tensors = {
         name: parameter.detach().contiguous() for name, parameter in model.named_parameters()
     }
-    with replacing(folder / CONFIG) as path:
-        path.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    with replacing(folder / WEIGHTS) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+    with replacing(folder / CONFIG) as config:
+        config.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        sync(config)
+        with replacing(folder / WEIGHTS) as weights:
+            save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def load(

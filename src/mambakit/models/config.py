@@ -16,6 +16,8 @@ PUBLISHED = {
 }
 """Width and number of layers of the published models, by name."""
 
+_SIZES = 2**31  # far above any model, and torch can still multiply two of them
+
 
 @dataclass(frozen=True)
 class MambaConfig:
@@ -85,9 +87,10 @@ class MambaConfig:
                 )
         for name in ("norm_eps", "dt_min", "dt_max", "dt_init_floor"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
                 raise ValueError(
-                    f"MambaConfig: {name} must be a positive number, got {value!r}"
+                    f"MambaConfig: {name} must be a positive, finite number, got {value!r}"
                 )
         if self.dt_min > self.dt_max:
             raise ValueError(
@@ -166,3 +169,5 @@ def _check_count(name: str, value: object, or_auto: str = "") -> None:
         raise ValueError(
             f"MambaConfig: {name} must be a whole number of at least 1{or_auto}, got {value!r}"
         )
+    if value >= _SIZES:
+        raise ValueError(f"MambaConfig: {name} must be below 2**31, got {value}")

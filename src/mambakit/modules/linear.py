@@ -15,10 +15,15 @@ from ._hardware import in_hardware
 _ROWS = 16
 
 
+def autocasts(device: str) -> bool:
+    """Say whether autocast is on for the device's type; torch refuses to answer for meta."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype that ``F.linear`` computes in, autocast considered."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, weight.dtype):
+    if autocasts(device) and torch.float64 not in (input.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
     return input.dtype
 
@@ -85,7 +90,7 @@ def linear(
         dtype in (torch.bfloat16, torch.float16)
         and not torch.compiler.is_compiling()
         # without autocast torch refuses a mixture, and in its own words
-        and (torch.is_autocast_enabled(input.device.type) or weight.dtype == dtype)
+        and (autocasts(input.device.type) or weight.dtype == dtype)
         and gains_from_float32(
             input.shape[:-1].numel(),
             dtype,

@@ -74,6 +74,10 @@ class StepProjection(Linear):
         self._apply(lambda tensor: tensor)
         exempt_from_decay(self.bias)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        exempt_from_decay(self.bias)  # a deep copy of a parameter loses its marks
+
     def forward(self, input: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch d"]:
         """Return ``weight input``."""
         return linear(input, self.weight)
@@ -183,10 +187,19 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d, d_state, device=device, dtype=wide))
         self.D = nn.Parameter(torch.empty(d, device=device, dtype=wide))
         self.out_proj = Linear(d, d_model, bias=bias, **where)
-        exempt_from_decay(
-            self.A_log, self.D, self.in_proj.bias, self.conv1d.bias, self.out_proj.bias
-        )
+        self._exempt_from_decay()
         self._draw_parameters(dt_min, dt_max, dt_init_floor)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._exempt_from_decay()  # a deep copy of a parameter loses its marks
+
+    def _exempt_from_decay(self) -> None:
+        # an adapter in the place of a projection may have no bias
+        layers = (self.in_proj, self.conv1d, self.out_proj)
+        exempt_from_decay(
+            self.A_log, self.D, *(getattr(layer, "bias", None) for layer in layers)
+        )
 
     @torch.no_grad()
     def _draw_parameters(self, dt_min: float, dt_max: float, dt_init_floor: float) -> None:

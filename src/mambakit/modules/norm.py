@@ -86,6 +86,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(m, device=device, dtype=dtype))
         exempt_from_decay(self.weight)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        exempt_from_decay(self.weight)  # a deep copy of a parameter loses its marks
+
     def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
         """Return ``x`` normalised over its last axis, in the dtype of the gain."""
         gain = self.weight

@@ -12,7 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 ABI_VERSION = 1
+
+# The codes of enum Dtype, by which the kernels are told how a tensor is stored.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 _FOLDER = Path(__file__).parent
 _MISSING = _FOLDER / "_cpu_missing.txt"
@@ -52,6 +57,11 @@ def isa() -> str:
     """
     library()
     return _find().isa
+
+
+def not_built() -> str | None:
+    """Return the build's note on what it could not make, or ``None`` if it made everything."""
+    return _MISSING.read_text(encoding="utf-8").strip() if _MISSING.exists() else None
 
 
 def runnable() -> tuple[str, ...]:
@@ -109,14 +119,19 @@ def _path(name: str) -> Path:
 
 
 def _why_none() -> str:
-    if _MISSING.exists():
-        reason = _MISSING.read_text(encoding="utf-8").strip()
-    elif any(_FOLDER.glob("_cpu_*.so")):
-        reason = f"none of its builds runs on this processor ({platform.machine()})"
-        return f"the CPU library cannot be used: {reason}"
-    else:
-        reason = "mambakit runs from a source tree that was never installed; pip install -e ."
-    return f"the CPU library was not built: {reason}"
+    note = not_built()
+    if note is not None:
+        return f"the CPU library was not built: {note}"
+    builds = sorted(path.name for path in _FOLDER.glob("_cpu_*.so"))
+    if not builds:
+        return (
+            "the CPU library was not built: mambakit runs from a source tree that was never "
+            "installed; pip install -e ."
+        )
+    return (
+        f"the CPU library cannot be used: of its builds only {', '.join(builds)} are here, and "
+        f"a processor of type {platform.machine()} starts from another; reinstall mambakit"
+    )
 
 
 def _openmp_fork() -> int | None:

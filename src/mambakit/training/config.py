@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -21,9 +22,26 @@ from mambakit.models import MambaConfig
 _ANY_VOCABULARY = 8
 
 
+# What TOML, NumPy and torch all take.
+_SEEDS = 2**63
+
+
 def _require(rule: bool, name: str, must: str, value: object) -> None:
     if not rule:
         raise ValueError(f"config: {name} must {must}, got {value!r}")
+
+
+def _require_finite(table: str, config: Any) -> None:
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            finite = not isinstance(number, float) or math.isfinite(number)
+            _require(finite, f"{table}.{entry.name}", "be finite", value)
+
+
+def _require_seed(name: str, seed: int) -> None:
+    _require(0 <= seed < _SEEDS, name, "be at least 0 and below 2**63", seed)
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,7 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        _require_finite("data", self)
         shares = (self.validation, self.test)
         _require(
             min(shares) >= 0 and sum(shares) < 1,
@@ -144,6 +163,7 @@ class TrainingConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        _require_finite("training", self)
         given = (self.steps, self.minutes)
         _require(
             given.count(None) == 1,
@@ -166,12 +186,12 @@ class TrainingConfig:
             "final_learning_rate",
             "weight_decay",
             "clip",
-            "seed",
             "evaluate_tokens",
             "checkpoint_every",
         ):
             value = getattr(self, name)
             _require(value >= 0, f"training.{name}", "be at least 0", value)
+        _require_seed("training.seed", self.seed)
         _require(
             self.minutes is None or self.minutes > 0,
             "training.minutes",
@@ -213,10 +233,12 @@ class ReportConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _require_finite("report", self)
         _require(bool(self.prompt), "report.prompt", "not be empty", self.prompt)
-        for name in ("tokens", "temperature", "seed"):
+        for name in ("tokens", "temperature"):
             value = getattr(self, name)
             _require(value >= 0, f"report.{name}", "be at least 0", value)
+        _require_seed("report.seed", self.seed)
         _require(0 < self.top_p <= 1, "report.top_p", "be above 0 and at most 1", self.top_p)
 
 
@@ -308,7 +330,7 @@ def _say_type(kind: Any) -> str:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(_say_type(k) for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is tuple:
-        return "a list"
+        return "a list of strings" if str in typing.get_args(kind) else "a list of two numbers"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return names.get(kind, str(kind))
 

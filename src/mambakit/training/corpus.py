@@ -15,6 +15,7 @@ from mambakit.data import (
     standard_library,
     write_shard,
 )
+from mambakit.data.text import expand
 
 from .config import DataConfig, TokenizerConfig
 from .run_folder import TOKENS
@@ -72,11 +73,25 @@ def prepare_corpus(
         # validation and test belong to the alphabet too: a character is no knowledge
         everything = (d for part in splits for d in part)
         made = load_tokenizer(tokenizer.kind, map(Document.read_text, everything))
-    cache = Path(data.cache).expanduser() if data.cache else folder / TOKENS
+    cache = expand(data.cache) if data.cache else folder / TOKENS
     train, validation = (
         write_shard(part, made, cache, name=name, separator=data.separator) if part else None
         for name, part in (("train", splits.train), ("validation", splits.validation))
     )
     if train is None:
         raise ValueError("data: the training part must hold text, got none")
+    for name, share, part in (
+        ("validation", data.validation, splits.validation),
+        ("test", data.test, splits.test),
+    ):
+        if share and not part:
+            raise ValueError(
+                f"data: the {name} part must hold text, got none: enlarge data.{name}, or set "
+                "it to 0 for none"
+            )
+    if validation is not None and len(validation.tokens) < 2:
+        raise ValueError(
+            "data: the validation part must hold at least 2 tokens, got 1: enlarge "
+            "data.validation, or set it to 0 for none"
+        )
     return Corpus(splits, made, train, validation)

@@ -1,11 +1,40 @@
-"""Memory that was freed stays with the process, so that the next step finds it mapped."""
+"""Memory: freed blocks stay with the process, and a lack of it is said in one sentence."""
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+
+
+# On a CPU torch raises a bare RuntimeError, so that its words have to tell.
+_TOO_LARGE = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+
+
+@contextmanager
+def refuse_too_large(what: str) -> Iterator[None]:
+    """Say in one sentence that ``what`` needs more memory than there is.
+
+    Raises:
+        RuntimeError: The block asked for memory that the device or the system refused.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        if not (
+            isinstance(error, torch.OutOfMemoryError | MemoryError)
+            or any(words in reason for words in _TOO_LARGE)
+        ):
+            raise
+        raise RuntimeError(
+            f"train: {what} needs more memory than this machine has: {reason}"
+        ) from error
 
 
 def keep_freed_memory() -> bool:

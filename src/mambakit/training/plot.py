@@ -1,7 +1,6 @@
 """The loss curve of a run as a picture."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,14 @@ from mambakit._files import replacing
 
 def why_no_plot() -> str | None:
     """Say why no picture can be drawn, or ``None`` if it can."""
-    if find_spec("matplotlib") is None:
-        return "loss.png is left out: it needs matplotlib: pip install 'mambakit[plot]'"
+    try:
+        import matplotlib.figure  # noqa: F401  an extra, and one that may be broken
+    except ModuleNotFoundError as error:
+        if error.name == "matplotlib":
+            return "loss.png is left out: it needs matplotlib: pip install 'mambakit[plot]'"
+        return f"loss.png is left out: matplotlib cannot be imported: {error}"
+    except ImportError as error:
+        return f"loss.png is left out: matplotlib cannot be imported: {error}"
     return None
 
 
@@ -23,7 +28,7 @@ def plot_loss(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         rows: The lines of ``metrics.jsonl``.
 
     Raises:
-        RuntimeError: matplotlib is not installed, or the file cannot be written.
+        RuntimeError: matplotlib cannot be imported, or the file cannot be written.
     """
     missing = why_no_plot()
     if missing is not None:

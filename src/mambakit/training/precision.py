@@ -36,6 +36,8 @@ def resolve_device(device: str) -> torch.device:
         raise ValueError(
             f"training.device must be auto or a PyTorch device, got {device!r}"
         ) from error
+    if resolved.type == "meta":
+        raise ValueError("training.device must be one that computes, got 'meta'")
     try:
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -1,15 +1,17 @@
 """What a run has come to: its score beside a compressor's, a sample, and where it lies."""
 
 import lzma
-import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mambakit.data import Document, Tokenizer
-from mambakit.evaluation import LanguageScore, evaluate_tokens
+from mambakit.data.shards import encode_document
+from mambakit.evaluation import LanguageScore, evaluate_whole
 from mambakit.generation import generate
 from mambakit.models import MambaLM
 
@@ -24,21 +26,45 @@ Say = Callable[[str], None]
 
 
 def _score(
-    model: MambaLM, tokenizer: Tokenizer, documents: Sequence[Document]
+    model: MambaLM, tokenizer: Tokenizer, documents: Sequence[Document], separator: str
 ) -> tuple[LanguageScore, bytes]:
-    """Score documents laid end to end; the first token costs a uniform guess."""
-    data = b"".join(document.read() for document in documents)
-    tokens = tokenizer.encode(data if tokenizer.reads_bytes else data.decode("utf-8"))
-    rest = evaluate_tokens(model, tokens)
-    first = math.log(tokenizer.vocab_size)
-    return LanguageScore(rest.nats + first, len(tokens), len(data)), data
+    """Score documents laid end to end, separators and all, as they were in training."""
+    data = b"".join(document.read() + separator.encode() for document in documents)
+    tokens = np.concatenate([encode_document(d, tokenizer, separator) for d in documents])
+    return evaluate_whole(model, tokenizer, tokens, size=len(data)), data
+
+
+def check_prompt(report: ReportConfig, tokenizer: Tokenizer) -> None:
+    """Refuse, before a run begins, a prompt that the sample at its end could not continue.
+
+    Raises:
+        ValueError: The tokenizer cannot represent the prompt, or makes no token of it.
+    """
+    if report.tokens:
+        _encode_prompt(report, tokenizer)
+
+
+def _encode_prompt(report: ReportConfig, tokenizer: Tokenizer) -> NDArray[np.int64]:
+    try:
+        tokens = tokenizer.encode(report.prompt)
+    except ValueError as error:
+        raise ValueError(
+            f"config: report.prompt must be text that the tokenizer reads, "
+            f"got {report.prompt!r}: {error}"
+        ) from error
+    if len(tokens) == 0:
+        raise ValueError(
+            f"config: report.prompt must be at least one token long, got {report.prompt!r}"
+        )
+    return tokens
 
 
 def _sample(model: MambaLM, tokenizer: Tokenizer, report: ReportConfig) -> str:
-    prompt = torch.from_numpy(tokenizer.encode(report.prompt))[None].to(model.device)
+    prompt = torch.from_numpy(_encode_prompt(report, tokenizer))[None].to(model.device)
     tokens = generate(
         model,
         prompt,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
         max_new_tokens=report.tokens,
         temperature=report.temperature,
         top_p=report.top_p,
@@ -68,7 +94,7 @@ def closing_report(folder: Path, *, say: Say = print) -> None:
     part = "test" if splits.test else "validation"
     documents = splits.test or splits.validation
     if documents:
-        score, data = _score(model, tokenizer, documents)
+        score, data = _score(model, tokenizer, documents, config.data.separator)
         squeezed = 8 * len(lzma.compress(data, preset=9)) / len(data)
         last = read_run_state(checkpoint_folder(folder, checkpoint_steps(folder)[-1]))
         learnt = sum(d.size for d in splits.train)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import dacite
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -37,6 +38,7 @@ class RunState:
         seconds: Time spent on training by all processes of the run.
         batches: The place in the batches.
         text: Digest of the training text's tokens.
+        validation: Digest of the validation text's tokens; empty if there is none.
         recent: Losses since the last line of the metrics.
     """
 
@@ -47,6 +49,7 @@ class RunState:
     seconds: float = 0.0
     batches: dict[str, int] = field(default_factory=dict)
     text: str = ""
+    validation: str = ""
     recent: list[float] = field(default_factory=list)
 
 
@@ -131,10 +134,13 @@ def read_run_state(checkpoint: Path) -> RunState:
     path = checkpoint / "training.json"
     try:
         record: dict[str, Any] = json.loads(read_text(path, "checkpoint"))
+        missing = asdict(RunState()).keys() - record.keys()
+        if missing:
+            raise KeyError(*sorted(missing))
         if record["best_loss"] is None:
             record["best_loss"] = float("inf")
-        return RunState(**record)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return dacite.from_dict(RunState, record, dacite.Config(strict=True))
+    except (json.JSONDecodeError, KeyError, AttributeError, dacite.DaciteError) as error:
         raise ValueError(f"resume: {path} must be a whole checkpoint, got {error!r}") from error
 
 
@@ -149,27 +155,56 @@ def load_checkpoint(
     Raises:
         ValueError: A file is missing, damaged or of another model.
     """
-    path = checkpoint / "training.safetensors"
     run = read_run_state(checkpoint)
     try:
+        batches.load_state_dict(run.batches)
+    except ValueError as error:
+        raise ValueError(
+            f"resume: {checkpoint / 'training.json'} must be a whole checkpoint, got: {error}"
+        ) from error
+
+    path = checkpoint / "training.safetensors"
+    try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+        prefix = "optimizer."
+        moments = {
+            k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+        }
+        load_optimizer_tensors(model, optimizer, moments)
+        _restore_generators(tensors, model.device)
+        state = _carried_from(tensors, model)
+    except KeyError as error:
+        raise ValueError(
+            f"resume: {path} must be a whole checkpoint, got no tensor {error}"
+        ) from error
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"resume: {path} must be a whole checkpoint, got: {error}") from error
-    prefix = "optimizer."
-    moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    load_optimizer_tensors(model, optimizer, moments)
+    return run, state
 
-    batches.load_state_dict(run.batches)
-    torch.set_rng_state(tensors["random.cpu"])
-    if model.device.type == "cuda" and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], model.device)
 
-    if "state.0.ssm" not in tensors:
-        return run, None
-    layers = tuple(
-        MixerState(
-            *(tensors[f"state.{i}.{name}"].to(model.device) for name in MixerState._fields)
+def _restore_generators(tensors: dict[str, Tensor], device: torch.device) -> None:
+    for name, now in _generators(device).items():
+        # a run that began on a CPU has nothing of another device's generator
+        then = tensors["random.cpu"] if name == "random.cpu" else tensors.get(name, now)
+        if (then.dtype, then.shape) != (now.dtype, now.shape):
+            raise ValueError(
+                f"{name} must be {now.dtype} of shape {tuple(now.shape)}, got {then.dtype} of "
+                f"shape {tuple(then.shape)}"
+            )
+        if name == "random.cpu":
+            torch.set_rng_state(then)
+        else:
+            torch.cuda.set_rng_state(then, device)
+
+
+def _carried_from(tensors: dict[str, Tensor], model: MambaLM) -> ModelState | None:
+    if not any(name.startswith("state.") for name in tensors):
+        return None
+    return ModelState(
+        tuple(
+            MixerState(
+                *(tensors[f"state.{i}.{name}"].to(model.device) for name in MixerState._fields)
+            )
+            for i in range(model.config.n_layer)
         )
-        for i in range(model.config.n_layer)
     )
-    return run, ModelState(layers)

@@ -35,11 +35,12 @@ def _refuse_existing(folder: Path) -> None:
             f"train: the run folder {folder} must be new, got one that holds a run: "
             "continue it with --resume or choose another"
         )
-    # a start that was killed before it became a run may have left its tokens
+    # a start that was killed before it became a run may have left these
     if folder.exists() and not (
         folder.is_dir()
         and all(
-            entry.name == TOKENS or entry.name.endswith(".tmp") for entry in folder.iterdir()
+            entry.name in (TOKENS, TOKENIZER) or entry.name.endswith(".tmp")
+            for entry in folder.iterdir()
         )
     ):
         raise ValueError(
@@ -84,12 +85,32 @@ def write_start(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of ``metrics.jsonl``; a last line that was cut short is left out."""
+    """Read the lines of ``metrics.jsonl``; a last line that was cut short is left out.
+
+    Raises:
+        ValueError: Another line is damaged; the sentence names it.
+    """
     path = folder / METRICS
     if not path.exists():
         return []
     lines = read_text(path, "metrics").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [
+        _metrics_row(line, f"{path}, line {number},")
+        for number, line in enumerate(lines, start=1)
+        if line.endswith("\n")
+    ]
+
+
+def _metrics_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"metrics: {where} must be JSON, got {error.msg}") from error
+    match row:
+        case {"kind": "train" | "validation", "step": int()}:
+            return row
+        case _:
+            raise ValueError(f"metrics: {where} must have a kind and a step, got {row!r}")
 
 
 class Metrics:

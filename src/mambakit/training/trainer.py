@@ -19,6 +19,7 @@ from mambakit.data import (
     Shard,
     load_tokenizer,
 )
+from mambakit.data.text import expand
 from mambakit.evaluation import LanguageScore, evaluate_tokens
 from mambakit.models import MambaLM, ModelState, load
 from mambakit.ops import _backends, _native
@@ -27,11 +28,12 @@ from .config import RunConfig, TrainingConfig, config_tables, load_config
 from .corpus import Corpus, prepare_corpus
 from .interrupts import Interrupted, Interrupts
 from .loss import cross_entropy
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, refuse_too_large
 from .optimizer import make_optimizer
 from .plot import plot_loss, why_no_plot
 from .precision import Machine, resolve_machine
 from .progress import Progress, count, format_seconds
+from .report import check_prompt
 from .resume import (
     RunState,
     checkpoint_folder,
@@ -94,6 +96,9 @@ class Learner:
         dtype = self._machine.autocast
         return torch.autocast(self._machine.device.type, dtype=dtype, enabled=dtype is not None)
 
+    @refuse_too_large(
+        "a step of training (a smaller model, training.batch_size or training.length may help)"
+    )
     def step(self, rate: float) -> Tensor:
         """Make one update, and give its loss and gradient norm ``(2,)`` on the device.
 
@@ -139,8 +144,12 @@ def make_batches(training: TrainingConfig, shard: Shard) -> Batches:
 
 def _make_model(config: RunConfig, corpus: Corpus, machine: Machine) -> MambaLM:
     torch.manual_seed(config.training.seed)
-    # drawn on the CPU, so that every device starts from the same weights
-    return MambaLM(config.model_config(corpus.tokenizer.vocab_size)).to(machine.device)
+    sizes = config.model_config(corpus.tokenizer.vocab_size)
+    with refuse_too_large(
+        f"a model of d_model {sizes.d_model:,} and n_layer {sizes.n_layer:,}"
+    ):
+        # drawn on the CPU, so that every device starts from the same weights
+        return MambaLM(sizes).to(machine.device)
 
 
 def _validate(learner: Learner, shard: Shard, training: TrainingConfig) -> LanguageScore:
@@ -195,10 +204,10 @@ def _steps_in(minutes: float, config: RunConfig, corpus: Corpus, machine: Machin
 def _absolute(config: RunConfig) -> RunConfig:
     """Make paths independent of the current folder, so that a run can go on from any."""
     data, kind = config.data, config.tokenizer.kind
-    files = tuple(str(Path(file).expanduser().absolute()) for file in data.files)
-    cache = str(Path(data.cache).expanduser().absolute()) if data.cache else None
+    files = tuple(str(expand(file).absolute()) for file in data.files)
+    cache = str(expand(data.cache).absolute()) if data.cache else None
     if kind not in ("byte", "character"):
-        kind = str(Path(kind).expanduser().absolute())
+        kind = str(expand(kind).absolute())
     return replace(
         config,
         data=replace(data, files=files, cache=cache),
@@ -295,12 +304,15 @@ def train(
         with new_run_folder(folder):
             corpus = prepare_corpus(config.data, config.tokenizer, folder)
             config.model_config(corpus.tokenizer.vocab_size)
+            check_prompt(config.report, corpus.tokenizer)
             make_batches(config.training, corpus.train)
             if config.training.minutes is not None:
                 say(f"timing this machine, to train for {config.training.minutes:g} minutes")
                 steps = _steps_in(config.training.minutes, config, corpus, machine)
                 settled = replace(config.training, minutes=None, steps=steps)
                 config = replace(config, training=settled)
+            # the model is made first: what is too large for the machine leaves no run behind
+            run = _Run(config, corpus, machine, folder, say)
             write_start(folder, config, corpus.tokenizer)
     else:
         if not (folder / CONFIG).is_file():
@@ -313,7 +325,9 @@ def train(
         config = saved
         tokenizer = load_tokenizer(str(folder / TOKENIZER))
         corpus = prepare_corpus(config.data, config.tokenizer, folder, made=tokenizer)
-    return _Run(config, corpus, machine, folder, say).finish()
+        check_prompt(config.report, corpus.tokenizer)
+        run = _Run(config, corpus, machine, folder, say)
+    return run.finish()
 
 
 class _Run:
@@ -338,7 +352,9 @@ class _Run:
         self.learner = Learner(
             model, make_batches(self.training, corpus.train), self.training, machine
         )
-        self.at = RunState(text=corpus.train.digest)
+        text = corpus.train.digest
+        validation = corpus.validation.digest if corpus.validation else ""
+        self.at = RunState(text=text, validation=validation)
         if done:
             self.at, self.learner.state = load_checkpoint(
                 checkpoint_folder(folder, done[-1]),
@@ -346,12 +362,21 @@ class _Run:
                 self.learner.optimizer,
                 self.learner.batches,
             )
-            if self.at.text != corpus.train.digest:
+            for part, then, now in (
+                ("training", self.at.text, text),
+                ("validation", self.at.validation, validation),
+            ):
+                if then != now:
+                    raise ValueError(
+                        f"train: the {part} text must be the one that the run {folder} began "
+                        "with, got another: its files have changed"
+                    )
+            if self.at.step > self.steps:
+                where = checkpoint_folder(folder, done[-1]) / "training.json"
                 raise ValueError(
-                    f"train: the text must be the one that the run {folder} began with, "
-                    "got another: its files have changed"
+                    f"resume: {where} must have a step of at most {self.steps}, where the "
+                    f"run ends, got {self.at.step}"
                 )
-        self.metrics = Metrics(folder, step=self.at.step, evaluated=self.at.evaluated)
         self.pending: list[Tensor] = []  # losses and norms not yet read from the device
         self.norm = 0.0
         self.busy = 0.0  # seconds in updates since the last line of the metrics
@@ -362,6 +387,7 @@ class _Run:
 
     def finish(self) -> TrainingResult:
         """Make the steps that are left."""
+        self.metrics = Metrics(self.folder, step=self.at.step, evaluated=self.at.evaluated)
         progress = Progress(
             steps=self.steps,
             done=self.at.step,

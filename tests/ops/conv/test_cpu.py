@@ -48,6 +48,15 @@ def test_equals_the_reference(library, draw, assert_near, dtype, silu, size):
         assert_near(g / scale, exact_g / scale, message=f"gradient of {name}")
 
 
+def test_a_lack_of_memory_is_one_sentence(monkeypatch, library, draw):
+    monkeypatch.setattr(cpu, "_functions", lambda _: (lambda *_: False,) * 2)
+    x, weight, bias, state = draw()
+    with pytest.raises(RuntimeError, match=r"^causal_conv1d: there is not enough memory"):
+        cpu.forward_in(library, x, weight, bias, state, False)
+    with pytest.raises(RuntimeError, match=r"^causal_conv1d: there is not enough memory"):
+        cpu.backward_in(library, x, None, x, weight, bias, state, False)
+
+
 def test_half_precision_is_rounded_to_nearest_even(library):
     """Every number of float16 and bfloat16 through a tap of 1, and through one of 1 + 2^-12."""
     one = torch.ones(1, 1)

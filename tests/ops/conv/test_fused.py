@@ -51,6 +51,31 @@ def test_a_second_derivative_is_refused(draw):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
+def test_forward_mode_is_refused(draw):
+    inputs = draw()
+    sentence = "^causal_conv1d: forward-mode derivatives exist only with backend='reference'$"
+    for i, t in enumerate(inputs):
+        with torch.autograd.forward_ad.dual_level():
+            for mode in (torch.enable_grad, torch.no_grad):
+                dual = torch.autograd.forward_ad.make_dual(t, torch.ones_like(t))
+                x, weight, bias, state = (*inputs[:i], dual, *inputs[i + 1 :])
+                with mode(), pytest.raises(RuntimeError, match=sentence):
+                    causal_conv1d(x, weight, bias, state=state, backend="fused")
+    with pytest.raises(RuntimeError, match=sentence):
+        torch.func.jvp(
+            lambda x: causal_conv1d(x, *inputs[1:3], backend="fused").y, inputs[:1], inputs[:1]
+        )
+
+
+def test_the_reference_has_forward_mode(draw, assert_near):
+    """It is linear without an activation: the derivative along an input is its own output."""
+    x, weight, _, _ = draw()
+    y, along = torch.func.jvp(
+        lambda x: causal_conv1d(x, weight, backend="reference").y, (x,), (2 * x,)
+    )
+    assert_near(along, 2 * y)
+
+
 def test_the_reference_has_second_derivatives(draw):
     x, weight, bias, state = (t.requires_grad_() for t in draw(b=1, l=4, d=2, w=3))
     assert torch.autograd.gradgradcheck(

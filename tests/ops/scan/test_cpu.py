@@ -89,7 +89,7 @@ def by_kernel(operands, dy, dlast, dtype):
 SHAPES = [(2, 70, 33, 5), (1, 129, 16, 16), (2, 1, 7, 4), (3, 65, 48, 1), (1, 64, 3, 17)]
 FORMS = [
     ("token", "token"), ("constant", "token"), ("token", "constant"), ("constant", "constant"),
-    (1, "token"), (3, "token"), ("token", 3), (3, 3), (1, 3),
+    (1, "token"), (3, "token"), ("token", 3), (3, 3),
 ]  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def causal_conv1d(
         ValueError: A shape, dtype, device or layout is wrong, or the name of the activation
             or the backend.
         RuntimeError: ``backend="fused"`` cannot run on this device or in this installation,
-            or a second derivative is asked of it.
+            or a second or a forward-mode derivative is asked of it.
 
     Source:
         Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
@@ -129,7 +129,7 @@ def causal_conv1d_step(
         ValueError: A shape, dtype, device or layout is wrong, or the name of the activation
             or the backend.
         RuntimeError: ``backend="fused"`` cannot run on this device or in this installation,
-            or a second derivative is asked of it.
+            or a second or a forward-mode derivative is asked of it.
 
     Source:
         As ``causal_conv1d``.

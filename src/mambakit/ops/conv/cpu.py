@@ -9,9 +9,6 @@ from torch import Tensor
 
 from .. import _native
 
-# The codes of enum Dtype in cpu.cpp.
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 # How cpu.cpp takes a tensor (b, rows, d), the two parameters, and all sizes.
 _ROWS: list[Any] = [_pointer, _int, _int]
@@ -22,7 +19,11 @@ _SIZES: list[Any] = [ctypes.c_int32, ctypes.c_bool, ctypes.c_int32, _int, _int, 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return ``y`` (b, l, d) and the last state (b, d, w - 1), both in the dtype of ``x``."""
+    """Return ``y`` (b, l, d) and the last state (b, d, w - 1), both in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: The CPU library is missing, or there was no memory to work in.
+    """
     return forward_in(_native.library(), x, weight, bias, state, silu)
 
 
@@ -35,7 +36,11 @@ def backward(
     state: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of ``x``, ``weight``, ``bias`` and ``state``, each in its dtype."""
+    """Return the gradients of ``x``, ``weight``, ``bias`` and ``state``, each in its dtype.
+
+    Raises:
+        RuntimeError: The CPU library is missing, or there was no memory to work in.
+    """
     return backward_in(_native.library(), dy, dlast, x, weight, bias, state, silu)
 
 
@@ -111,7 +116,8 @@ def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
 
 
 def _sizes(x: Tensor, weight: Tensor, silu: bool) -> tuple[int, ...]:
-    return _DTYPES[x.dtype], silu, torch.get_num_threads(), *x.shape, weight.shape[1]
+    code = _native.DTYPE_CODES[x.dtype]
+    return code, silu, torch.get_num_threads(), *x.shape, weight.shape[1]
 
 
 def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,12 +140,12 @@ def _place(rows: Tensor | None) -> tuple[int | None, int, int]:
 
 
 def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[int | None, ...]:
-    matrix = weight.data_ptr(), _DTYPES[weight.dtype], *weight.stride()
+    matrix = weight.data_ptr(), _native.DTYPE_CODES[weight.dtype], *weight.stride()
     if bias is None:
         return *matrix, None, 0, 0
-    return *matrix, bias.data_ptr(), _DTYPES[bias.dtype], bias.stride(0)
+    return *matrix, bias.data_ptr(), _native.DTYPE_CODES[bias.dtype], bias.stride(0)
 
 
 def _check_memory(done: bool) -> None:
     if not done:
-        raise MemoryError("causal_conv1d: there is no memory for the kernel's workspace")
+        raise RuntimeError("causal_conv1d: there is not enough memory to work in")

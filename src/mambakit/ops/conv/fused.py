@@ -2,6 +2,9 @@
 
 The gradient is an ``autograd.Function`` under the Autograd key, which costs a call far less
 than ``torch.library.register_autograd``: one generated token makes a call for every layer.
+
+The operators are private to the package and check nothing: shapes, dtypes and devices are
+checked once, in ``causal_conv1d``, and a kernel called directly trusts what it is given.
 """
 
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd import any_requires_grad, refuse_tangents
 from . import cpu
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, bool silu"
@@ -128,7 +132,9 @@ class _Gradient(torch.autograd.Function):
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, state):
+    inputs = (x, weight, bias, state)
+    refuse_tangents("causal_conv1d", inputs)
+    if torch.is_grad_enabled() and any_requires_grad(inputs):
         return _Gradient.apply(x, weight, bias, state, silu)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(x, weight, bias, state, silu)
@@ -144,13 +150,11 @@ def _(
     state: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if torch.is_grad_enabled() and _any_requires_grad(dy, dlast, x, weight, bias, state):
+    inputs = (dy, dlast, x, weight, bias, state)
+    refuse_tangents("causal_conv1d", inputs)
+    if torch.is_grad_enabled() and any_requires_grad(inputs):
         raise RuntimeError(
             "causal_conv1d: second derivatives exist only with backend='reference'"
         )
     with torch._C._AutoDispatchBelowAutograd():
         return _backward(dy, dlast, x, weight, bias, state, silu)
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)

@@ -47,11 +47,12 @@ def selective_scan(
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t
         y_t = (C_t . h_t + D x_t) silu(gate_t)
 
-    The layout is channels-last. Any strides are accepted and nothing is copied for them; a
-    last axis of stride 1 is the fast case, so slices of a wider tensor are as good as a
-    tensor of their own. Gradients flow to every tensor, from ``y`` and from the state, and
-    the backward pass is deterministic. It keeps the inputs and a few states, never a tensor
-    of (b, l, d, n). Values are not inspected: a NaN reaches the steps after it in its own
+    The layout is channels-last. Any strides are accepted. Where the last axis has stride 1
+    nothing is copied for them, so slices of a wider tensor are as good as a tensor of their
+    own; a tensor whose last axis is not dense is copied once. Gradients flow to every tensor,
+    from ``y`` and from the state, and the backward pass is deterministic. It keeps the inputs
+    and a few states, never a tensor of (b, l, d, n). Forward-mode and second derivatives are
+    the reference's alone. Values are not inspected: a NaN reaches the steps after it in its own
     row of the batch and nothing else.
 
     Args:
@@ -83,7 +84,8 @@ def selective_scan(
     Raises:
         ValueError: A shape, dtype, device or layout is wrong, or the backend's name.
         RuntimeError: ``backend="fused"`` cannot run on this device or in this installation,
-            or a second derivative is asked of a backend other than ``"reference"``.
+            or a second or a forward-mode derivative is asked of a backend other than
+            ``"reference"``.
 
     Source:
         Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
@@ -163,7 +165,8 @@ def selective_step(
     Raises:
         ValueError: A shape, dtype, device or layout is wrong, or the backend's name.
         RuntimeError: ``backend="fused"`` cannot run on this device or in this installation,
-            or a second derivative is asked of a backend other than ``"reference"``.
+            or a second or a forward-mode derivative is asked of a backend other than
+            ``"reference"``.
 
     Source:
         As ``selective_scan``.

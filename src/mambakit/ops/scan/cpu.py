@@ -3,11 +3,12 @@
 This is the border between torch and C: shapes were checked before, gradients are arranged
 after. Tensors whose last axis is dense are passed as they lie, whatever their other strides;
 others are copied once. ``A``, ``D``, ``dt_bias``, the states and constant ``B`` and ``C`` are
-small and are brought to the scalar that the kernel computes in.
+small and are brought to the scalar that the kernel computes in. So is everything if ``x`` is
+float64, and a float64 tensor if it is not: the kernel reads no float64 while it computes in
+float32, and nothing else while it computes in float64.
 """
 
 import ctypes
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,6 @@ from .. import _native
 # Steps between two checkpoints: tile_steps in cpu.cpp. A constant, so that shapes are known
 # where the library is not.
 TILE_STEPS = 32
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 class Gradients(NamedTuple):
@@ -132,7 +131,7 @@ def backward(
     arguments = call.arguments
 
     def dense(like: Tensor) -> Tensor:
-        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return torch.empty(like.shape, dtype=call.stored(like), device=like.device)
 
     def scalars(like: Tensor | None) -> Tensor | None:
         if like is None:
@@ -157,12 +156,12 @@ def backward(
     call.run("mk_scan_backward")
     return Gradients(
         dx,
-        ddt,
+        ddt.to(dt.dtype),
         dA.to(A.dtype),
         call.gathered(dB, B),
         call.gathered(dC, C),
         None if D is None or dD is None else dD.to(D.dtype),
-        dgate,
+        None if gate is None or dgate is None else dgate.to(gate.dtype),
         None if dt_bias is None or ddt_bias is None else ddt_bias.to(dt_bias.dtype),
         None if state is None or dstate is None else dstate.to(state.dtype),
     )
@@ -190,8 +189,7 @@ class _Call:
         self.wide = x.dtype == torch.float64
         self.scalar = torch.float64 if self.wide else torch.float32
         self.alive: list[Tensor] = []
-        # The kernel knows one number of groups; a coefficient with fewer is repeated up to it.
-        self.groups = math.lcm(*(t.shape[2] for t in (B, C) if t.ndim == 4))
+        self.groups = next((t.shape[2] for t in (B, C) if t.ndim == 4), 1)
         arguments = self.arguments = _Arguments(
             b, l, d, n, self.groups, dt_softplus, torch.get_num_threads()
         )
@@ -206,11 +204,11 @@ class _Call:
         if B.ndim == 2:
             arguments.B_constant = self.pointer(self.scalars(B))
         else:
-            arguments.B = self.token_rows(self.dense_rows(self.repeated(B)))
+            arguments.B = self.token_rows(self.dense_rows(B))
         if C.ndim == 2:
             arguments.C_constant = self.pointer(self.scalars(C))
         else:
-            arguments.C = self.token_rows(self.dense_rows(self.repeated(C)))
+            arguments.C = self.token_rows(self.dense_rows(C))
 
     def run(self, name: str) -> None:
         function = getattr(_native.library(), name)
@@ -222,18 +220,12 @@ class _Call:
         if tensor is None:
             return _NO_ROWS
         batch, time, _ = tensor.stride()
-        return _Rows(tensor.data_ptr(), batch, time, 0, _DTYPES[tensor.dtype])
+        return _Rows(tensor.data_ptr(), batch, time, 0, _native.DTYPE_CODES[tensor.dtype])
 
     def token_rows(self, tensor: Tensor) -> _Rows:
         batch, time = tensor.stride()[:2]
         group = tensor.stride(2) if tensor.ndim == 4 else 0
-        return _Rows(tensor.data_ptr(), batch, time, group, _DTYPES[tensor.dtype])
-
-    def repeated(self, tensor: Tensor) -> Tensor:
-        """Return per-token coefficients with as many groups as the kernel is told of."""
-        if tensor.ndim == 3 or tensor.shape[2] == self.groups:
-            return tensor
-        return tensor.repeat_interleave(self.groups // tensor.shape[2], dim=2)
+        return _Rows(tensor.data_ptr(), batch, time, group, _native.DTYPE_CODES[tensor.dtype])
 
     def coefficient_gradient(self, like: Tensor) -> tuple[Tensor, _Rows, int | None]:
         """Return room for dB or dC, and where the kernel puts it: in rows or for all time."""
@@ -241,25 +233,28 @@ class _Call:
         if like.ndim == 2:
             gradient = like.new_empty(d, n, dtype=self.scalar)
             return gradient, _NO_ROWS, gradient.data_ptr()
-        if like.shape[2:-1] == (self.groups,) or self.groups == 1:
-            gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        else:
+        if like.ndim == 3 and self.groups > 1:
+            # it is shared by the groups of the other coefficient, and each writes its own part
             gradient = like.new_empty(b, l, self.groups, n, dtype=self.scalar)
+        else:
+            gradient = like.new_empty(like.shape, dtype=self.stored(like))
         return gradient, self.token_rows(gradient), None
 
     @staticmethod
     def gathered(gradient: Tensor, like: Tensor) -> Tensor:
-        """Add up what repeated() had repeated."""
-        if gradient.shape != like.shape:
-            b, l, groups, n = gradient.shape
-            fewer = like.shape[2] if like.ndim == 4 else 1
-            gradient = gradient.view(b, l, fewer, groups // fewer, n).sum(3).view(like.shape)
+        """Return dB or dC as its coefficient is: summed over the groups that share it."""
+        if gradient.ndim > like.ndim:
+            gradient = gradient.sum(2)
         return gradient.to(like.dtype)
+
+    def stored(self, tensor: Tensor) -> torch.dtype:
+        """Return the dtype in which the kernel reads the tensor and writes its gradient."""
+        narrow = not self.wide and tensor.dtype != torch.float64
+        return tensor.dtype if narrow else self.scalar
 
     def dense_rows(self, tensor: Tensor) -> Tensor:
         """Return the tensor with its last axis dense: itself, or a copy that stays alive."""
-        if self.wide:
-            tensor = tensor.to(torch.float64)
+        tensor = tensor.to(self.stored(tensor))
         if tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
         self.alive.append(tensor)

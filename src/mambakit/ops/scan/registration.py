@@ -3,6 +3,9 @@
 An operator is defined once by name; PyTorch's dispatcher then picks the kernel by device. The
 gradient is an ``autograd.Function`` under the Autograd key, which costs a call far less than
 ``torch.library.register_autograd``: one generated token makes a call for every layer.
+
+The operators are private to the package and check nothing: shapes, dtypes and devices are
+checked once, in ``selective_scan``, and a kernel called directly trusts what it is given.
 """
 
 import math
@@ -11,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._autograd import any_requires_grad, refuse_tangents
 
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., Sequence[Tensor | None]]
@@ -37,8 +42,9 @@ def register(
     ``kernels`` holds a forward and a backward kernel for each dispatch key. They never see an
     empty batch or an empty sequence. ``checkpoint_shape(b, l, d, n)`` is the shape of what
     the forward kernel saves for the backward kernel beside the inputs. The backward kernel
-    may leave gradients in the dtype they were summed in, and gives ``None`` for that of an
-    absent input; the operator promises each in its input's dtype.
+    may leave gradients in the dtype they were summed in and with any strides, and gives
+    ``None`` for that of an absent input; the operator promises each in its input's dtype and
+    contiguous, as its fake kernel tells a compiler.
 
     Between the kernels checkpoints lie flat: an axis whose size is 1 for short sequences and
     more for long ones would make a compiler trace both.
@@ -103,7 +109,7 @@ def register(
                 backward(dy, dlast, *rest) if dy.numel() else backward_of_nothing(dlast, *rest)
             )
             return [
-                dy.new_empty(0) if t is None or g is None else g.to(t.dtype)
+                dy.new_empty(0) if t is None or g is None else g.to(t.dtype).contiguous()
                 for t, g in zip(rest, chosen, strict=False)
             ]
 
@@ -135,14 +141,16 @@ def register(
 
     @torch.library.impl(forward_name, "Autograd")
     def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if torch.is_grad_enabled() and _any_requires_grad(arguments):
+        refuse_tangents("selective_scan", arguments)
+        if torch.is_grad_enabled() and any_requires_grad(arguments):
             return Gradient.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return forward_op(*arguments)
 
     @torch.library.impl(backward_name, "Autograd")
     def _(*arguments: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and _any_requires_grad(arguments):
+        refuse_tangents("selective_scan", arguments)
+        if torch.is_grad_enabled() and any_requires_grad(arguments):
             raise RuntimeError(
                 "selective_scan: second derivatives exist only with backend='reference'"
             )
@@ -154,10 +162,3 @@ def register(
         return y, last
 
     return scan
-
-
-def _any_requires_grad(arguments: Sequence[Any]) -> bool:
-    for argument in arguments:  # a loop, for a generator takes twice as long
-        if isinstance(argument, Tensor) and argument.requires_grad:
-            return True
-    return False
