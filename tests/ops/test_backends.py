@@ -45,6 +45,7 @@ def test_fused_runs_or_says_why_not(no_library):
         resolve("scan", "fused", META)
 
 
+@pytest.mark.refuses
 def test_an_unknown_backend_is_refused(library):
     with pytest.raises(
         ValueError, match=r"^scan: backend must be one of \('auto', .*'triton'$"

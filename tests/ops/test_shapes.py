@@ -31,6 +31,7 @@ def test_the_four_dtypes_pass(dtype):
     check_floats("f", a=torch.ones(2, dtype=dtype), b=None)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("value", "message"),
     [
