@@ -162,7 +162,7 @@ class TestTrain:
             ("model.d_modle=3", "model.d_model"),
             ("model.d_state=257", "d_state"),
             ("training", "table.key=value"),
-            ("training.length=100000", "100001"),
+            ("training.length=100000", "200001"),
             ("data.files=[]", "data.files"),
             ("data.files=['nowhere.txt']", "nowhere.txt"),
             ("data.files=['empty.txt']", "empty.txt"),

@@ -348,7 +348,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(config, tmp_path):
 @pytest.mark.parametrize(
     ("table", "changes", "sentence"),
     [
-        ("training", {"length": 20_000}, r"the train text must hold a window"),
+        ("training", {"length": 20_000}, r"the train text must hold 2 windows"),
         ("data", {"files": ["nowhere.txt"]}, "there is no file or folder .*nowhere.txt"),
         ("tokenizer", {"kind": "nowhere.json"}, "cannot read tokenizer .*nowhere.json"),
     ],
