@@ -351,6 +351,12 @@ class TestEvaluate:
             assert name in refused(capsys, "evaluate", run, name)
 
 
+def test_a_closed_output_is_no_error(monkeypatch, run, place):
+    """Python gives ``None`` for an output that the caller has closed."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["evaluate", str(run), str(place / "text.txt")]) == 0
+
+
 class TestErrors:
     def test_a_bug_keeps_its_traceback(self, monkeypatch):
         def broken():
