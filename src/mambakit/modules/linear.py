@@ -108,7 +108,7 @@ class Linear(nn.Linear):
         y = weight input + bias
 
     On a CPU without bfloat16 (or float16) instructions PyTorch's product in that dtype, be it
-    the parameters' own or autocast's, takes about four times as long as in float32. There
+    the parameters' own or autocast's, takes longer than in float32. There
     this layer computes products of 16 rows or more in float32, forward and backward, and
     rounds the result: ``y`` has the dtype that ``nn.Linear`` gives, and an error no larger.
     Fewer rows, other dtypes, other devices and graphs of ``torch.compile`` and

@@ -42,9 +42,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives large blocks back to the system, and each step of training asks for
     the same ones again: the kernel then maps and clears them page by page. Kept, they make a
-    step of the 130M model at 1024 tokens 6 to 11 % faster. The price: the process's resident
-    memory stays at its peak until it ends, and the peak is somewhat higher (by 2 to 5 % at
-    1024 tokens, 10 % at 4096). The setting holds for the whole process from now on; calling
+    step faster. The price: the process's resident memory stays at its peak until it ends, and
+    the peak is somewhat higher. The setting holds for the whole process from now on; calling
     it again changes nothing.
 
     Returns:

@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 _VALIDATIONS = 10  # over a run that does not say how often
 # The text that is scored is cut into this many rows, unless they were shorter than the other.
 _VALIDATION_ROWS, _SHORTEST_ROW = 8, 1024
-_PLOT_EVERY = 60.0  # seconds; a picture takes a third of one
+_PLOT_EVERY = 60.0  # seconds
 
 
 @dataclass(frozen=True)
