@@ -181,6 +181,23 @@ MAMBAKIT_INLINE void store(Float16* p, Vec<float> v) {
   std::memcpy(p, &h, sizeof(h));
 }
 
+// A store that fills a whole cache line (64 bytes, aligned) past the caches, without reading the
+// line first: half the traffic for what will not be read again at once. Only where a vector of T
+// is a line; elsewhere stream() is store(). Other threads see the stores after finish_streams().
+template <typename T>
+MAMBAKIT_INLINE void stream(T* p, Vec<Compute<T>> v) { store(p, v); }
+#if defined(__AVX512F__)
+template <typename T>
+constexpr bool fills_line = std::is_same_v<T, float> || std::is_same_v<T, double>;
+MAMBAKIT_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+MAMBAKIT_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+MAMBAKIT_INLINE void finish_streams() { _mm_sfence(); }
+#else
+template <typename T>
+constexpr bool fills_line = false;
+MAMBAKIT_INLINE void finish_streams() {}
+#endif
+
 // The first `count` lanes only: what lies beyond them in memory is neither read nor written,
 // and reads as zero.
 template <typename T>
@@ -204,6 +221,23 @@ MAMBAKIT_INLINE float to_scalar(BFloat16 v) { return load_part(&v, 1)[0]; }
 MAMBAKIT_INLINE float to_scalar(Float16 v) { return load_part(&v, 1)[0]; }
 
 // ---------------------------------------------------------------- functions
+
+// The larger of v and `least`; a NaN in v stays one. Compilers make two or three instructions of
+// the comparison.
+MAMBAKIT_INLINE Vec<float> at_least(Vec<float> v, float least) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_max_ps(all_lanes, (__m512)splat(least), (__m512)v);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps((__m256)splat(least), (__m256)v);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_max_ps((__m128)splat(least), (__m128)v);
+#else
+  return splat(least) > v ? splat(least) : v;
+#endif
+}
+MAMBAKIT_INLINE Vec<double> at_least(Vec<double> v, double least) {
+  return splat(least) > v ? splat(least) : v;
+}
 
 // 2^(a b) for a b <= 127 (1023 for double), and 0 where that is below the smallest normal number
 // (while denormals are flushed). 2^0 is exactly 1.
@@ -232,12 +266,10 @@ MAMBAKIT_INLINE Vec<float> exp2_product(Vec<float> a, Vec<float> b) {
 #else
 
 // Adding 1.5 * 2^23 rounds to a whole number, left in the low bits of the sum; a shift carries
-// it into the exponent. At the clamp, -127, the sum of the exponents is 0: the number 0. The
-// comparison is written so that a NaN passes.
+// it into the exponent. At the clamp, -127, the sum of the exponents is 0: the number 0.
 MAMBAKIT_INLINE Vec<float> exp2_product(Vec<float> a, Vec<float> b) {
   const float magic = 12582912.0f;
-  Vec<float> y = a * b;
-  y = splat(-127.0f) > y ? splat(-127.0f) : y;
+  const Vec<float> y = at_least(a * b, -127.0f);
   const Vec<float> t = y + magic;
   const Vec<float> r = y - (t - magic);
   Vec<float> p = splat(0.001320348702303442f);
@@ -253,9 +285,8 @@ MAMBAKIT_INLINE Vec<float> exp2_product(Vec<float> a, Vec<float> b) {
 
 // The Taylor series of 2^r to degree 13 is exact to the last bit or two for |r| <= 1/2.
 MAMBAKIT_INLINE Vec<double> exp2_product(Vec<double> a, Vec<double> b) {
-  Vec<double> y = a * b;
   const double magic = 6755399441055744.0;
-  y = splat(-1023.0) > y ? splat(-1023.0) : y;
+  const Vec<double> y = at_least(a * b, -1023.0);
   const Vec<double> t = y + magic;
   const Vec<double> z = (y - (t - magic)) * 0.693147180559945309417;
   Vec<double> p = splat(1.0 / 6227020800);
@@ -287,13 +318,13 @@ MAMBAKIT_INLINE Vec<float> reciprocal(Vec<float> v) {
 }
 MAMBAKIT_INLINE Vec<double> reciprocal(Vec<double> v) { return 1.0 / v; }
 
-// 1 / (1 + exp(-v)), 0 where that is below the smallest normal number.
+// 1 / (1 + exp(-v)), 0 where that is below the smallest normal number (while denormals are
+// flushed): v stops where exp(-v) is still finite and its reciprocal is a denormal.
 template <typename S>
 MAMBAKIT_INLINE Vec<S> sigmoid(Vec<S> v) {
   const S log2e = S(1.44269504088896340736);
-  const S smallest = sizeof(S) == 8 ? S(-708.0) : S(-87.0);
-  const Vec<S> s = reciprocal(S(1) + exp2_product(v, splat(-log2e)));
-  return v < smallest ? Vec<S>{} : s;
+  const S least = sizeof(S) == 8 ? S(-709.0) : S(-88.0);
+  return reciprocal(S(1) + exp2_product(at_least(v, least), splat(-log2e)));
 }
 
 // ---------------------------------------------------------------- denormals

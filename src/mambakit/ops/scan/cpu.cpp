@@ -2,7 +2,7 @@
 //
 //     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t ;   y_t = (C_t . h_t + D x_t) silu(gate_t)
 //
-// The lanes of a vector are neighbouring channels (a block). Time is walked in tiles of 32 steps.
+// The lanes of a vector are neighbouring channels (a block). Time is walked in tiles of 24 steps.
 // Within a tile, softplus, the products with dt and the gate are loops of their own over small
 // arrays; the recurrence then takes 4 states at a time and keeps them and their rates in
 // registers from the tile's first step to its last. Nothing of size (b, l, d, n) exists: backward
@@ -34,9 +34,10 @@
 namespace mambakit {
 namespace {
 
-// Short enough for the trail of 4 states (16 KB) and the sums of their tokens (16 KB) to share a
-// 48 KB L1 cache with the tile itself; 64 steps took a fifth more time backward.
-constexpr int tile_steps = 32;
+// Short enough for what backward touches for a block to stay about in a 48 KB L1 cache: the trail
+// of 4 states (12 KB), the sums of their tokens (12 KB), the tile's arrays (14 KB) and its rows.
+// 32 steps took a tenth more time backward; 16 hardly less, but more forward.
+constexpr int tile_steps = 24;
 constexpr int group_of_states = 4;
 constexpr double log2e = 1.44269504088896340736;
 constexpr double ln2 = 0.693147180559945309417;
@@ -61,7 +62,7 @@ struct ScanArguments {
   const void *A, *D, *dt_bias;               // (d, n), (d), (d)
   const void *B_constant, *C_constant;       // (d, n) in place of B, C
   const void* state;                         // (b, d, n)
-  void* checkpoints;                         // (b, tiles, n, d)
+  void* checkpoints;                         // (b, tiles, n, d), but see write_packed()
   Rows y;
   void* last_state;                          // (b, d, n)
   Rows dy;
@@ -76,10 +77,7 @@ using Arguments = ScanArguments;
 
 // ---------------------------------------------------------------- memory
 
-// One allocation, handed out in pieces that start on cache lines. Tiles of time are whole pages of
-// 4 KB, one after another: the processor compares the low 12 bits of a load with those of earlier
-// stores, and so finds element t of one tile equal to element t of another, which was read before
-// it was written, and to no other.
+// One allocation, handed out in pieces that start on cache lines.
 class Workspace {
  public:
   Workspace(size_t bytes, int pieces) {
@@ -213,12 +211,29 @@ void read_tile(Vec<S>* tile, const Rows& rows, int64_t batch, int64_t t0, int st
   });
 }
 
+// Whether every row of a block's tile is a cache line of its own, which stream() can write.
+template <typename S>
+bool is_lines(const Rows& rows, int64_t batch, Block block) {
+  bool lines = false;
+  with_storage<S>(rows, [&](auto* data) {
+    using T = std::remove_pointer_t<decltype(data)>;
+    const auto address = reinterpret_cast<uintptr_t>(data + batch * rows.batch + block.channel);
+    lines = fills_line<T> && block.count == lanes<S> && address % vector_bytes == 0 &&
+            rows.time * sizeof(T) % vector_bytes == 0;
+  });
+  return lines;
+}
+
+// Before another thread reads what was written, finish_streams() must be called.
 template <typename S>
 void write_tile(const Vec<S>* tile, const Rows& rows, int64_t batch, int64_t t0, int steps,
                 Block block) {
+  const bool lines = is_lines<S>(rows, batch, block);
   with_storage<S>(rows, [&](auto* data) {
     auto* to = data + batch * rows.batch + t0 * rows.time + block.channel;
-    if (block.count == lanes<S>) {
+    if (lines) {
+      for (int t = 0; t < steps; ++t) stream(to + t * rows.time, tile[t]);
+    } else if (block.count == lanes<S>) {
       for (int t = 0; t < steps; ++t) store(to + t * rows.time, tile[t]);
     } else {
       for (int t = 0; t < steps; ++t) store_part(to + t * rows.time, tile[t], block.count);
@@ -263,6 +278,28 @@ void write_plane(S* plane, const Vec<S>* in, int64_t n, int64_t d, Block block) 
     } else {
       store_part(to, in[i], block.count);
     }
+  }
+}
+
+// The same out of or into an array that the kernel alone reads: block after block, so that one
+// block's numbers are one piece of memory.
+template <typename S>
+void read_packed(Vec<S>* out, const S* array, int64_t n, Block block) {
+  const S* from = array + block.channel * n;
+  if (block.count == lanes<S>) {
+    std::memcpy(static_cast<void*>(out), from, n * sizeof(Vec<S>));
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = load_part(from + i * block.count, block.count);
+  }
+}
+
+template <typename S>
+void write_packed(S* array, const Vec<S>* in, int64_t n, Block block) {
+  S* to = array + block.channel * n;
+  if (block.count == lanes<S>) {
+    std::memcpy(to, static_cast<const void*>(in), n * sizeof(Vec<S>));
+  } else {
+    for (int64_t i = 0; i < n; ++i) store_part(to + i * block.count, in[i], block.count);
   }
 }
 
@@ -312,7 +349,7 @@ struct SoftplusFloat {
     p = p * e + 0.3331909775733948f;
     p = p * e - 0.4999949336051941f;
     p = p * e + 0.9999999403953552f;
-    return p * e + (v > 0.0f ? v : Vec<float>{});
+    return p * e + at_least(v, 0.0f);
   }
 
   // 1 / (1 + exp(-v)) without an overflow for any sign of v.
@@ -374,6 +411,12 @@ class Fetcher {
     while (64 << log2_lines < blocks * width_ * bytes) ++log2_lines;
     list_[size_++] = {static_cast<const char*>(rows.data) + at * bytes, rows.time * bytes,
                       log2_lines};
+  }
+
+  // The same for rows that will be written, unless they are not read for that.
+  template <typename S>
+  void add_output(const Rows& rows, Block block) {
+    if (!is_lines<S>(rows, batch_, block)) add(rows);
   }
 
   // What to fetch during pass `i`; where there is nothing left, one address over and over.
@@ -450,15 +493,32 @@ struct Kernel {
     for (int i = 0; i < k; ++i) state[i] = h[i];
   }
 
-  // The same, leaving the decay of each step and the state before it in `trail`.
+  // The trail and the tokens have records of 4k vectors for each step. A trail uses the first
+  // half of its records (decays, states) and tokens the last half of theirs (dB, dC), so that no
+  // two of them agree in the low 12 bits of their addresses: the processor would take a load for
+  // one of a store that is under way.
+  static constexpr int record = 4;
+
+  // What backward adds to. `tokens` holds dB and dC of each step, k vectors each.
+  struct Sums {
+    V *rates, *B, *C, *tokens;
+  };
+
+  // The same, leaving the decay of each step and the state before it in `trail`, and adding to dC
+  // while the state is there.
   template <int k>
   static void replay(const V* state, const V* rates, BTerm B, CTerm C, const V* dt,
-                     const V* input, V* y, V* trail, int steps, Ahead ahead) {
-    V h[k], rate[k];
-    for (int i = 0; i < k; ++i) h[i] = state[i], rate[i] = rates[i];
-    for (int t = 0; t < steps; ++t, trail += 2 * k) {
+                     const V* input, const V* dy, V* y, V* trail, Sums sums, int steps,
+                     Ahead ahead) {
+    V h[k], rate[k], dC[k];
+    for (int i = 0; i < k; ++i) {
+      h[i] = state[i], rate[i] = rates[i];
+      if (!token_C) dC[i] = V{};
+    }
+    V* tokens = sums.tokens + k;
+    for (int t = 0; t < steps; ++t, trail += record * k, tokens += record * k) {
       ahead.fetch(t);
-      const V d = dt[t], u = input[t];
+      const V d = dt[t], u = input[t], gradient = dy[t];
       V sum = y[t];
 #pragma GCC unroll 8
       for (int i = 0; i < k; ++i) {
@@ -467,16 +527,18 @@ struct Kernel {
         trail[k + i] = h[i];
         h[i] = decay * h[i] + u * B.at(t, i);
         sum += h[i] * C.at(t, i);
+        if constexpr (token_C) {
+          tokens[i] += gradient * h[i];
+        } else {
+          dC[i] += gradient * h[i];
+        }
       }
       y[t] = sum;
     }
-    for (int i = 0; i < k; ++i) trail[k + i] = h[i];
+    if (!token_C) {
+      for (int i = 0; i < k; ++i) sums.C[i] += dC[i];
+    }
   }
-
-  // What a walk back adds to. `tokens` holds dB and dC of each step, k vectors each.
-  struct Sums {
-    V *rates, *B, *C, *tokens;
-  };
 
   // Back over the tile that replay() left a trail of. `carry` is the gradient of the state after
   // the tile on entry and before it on return; by_rate gains sum m A and by_input sum g B.
@@ -484,29 +546,22 @@ struct Kernel {
   static void walk_back(V* carry, const V* rates, BTerm B, CTerm C, const V* dt, const V* input,
                         const V* dy, const V* trail, Sums sums, V* by_rate, V* by_input,
                         int steps, Ahead ahead) {
-    V c[k], rate[k], drate[k], after[k], dB[k], dC[k];
-    trail += 2 * k * steps;
-    V* tokens = sums.tokens + 2 * k * steps;
+    V c[k], rate[k], drate[k], dB[k];
+    trail += record * k * steps;
+    V* tokens = sums.tokens + record * k * steps;
     for (int i = 0; i < k; ++i) {
-      c[i] = carry[i], rate[i] = rates[i], drate[i] = V{}, after[i] = trail[k + i];
+      c[i] = carry[i], rate[i] = rates[i], drate[i] = V{};
       if (!token_B) dB[i] = V{};
-      if (!token_C) dC[i] = V{};
     }
     for (int t = steps - 1; t >= 0; --t) {
-      trail -= 2 * k;
-      tokens -= 2 * k;
+      trail -= record * k;
+      tokens -= record * k;
       ahead.fetch(t);
       const V d = dt[t], u = input[t], gradient = dy[t];
       V along_rate = by_rate[t], along_input = by_input[t];
 #pragma GCC unroll 8
       for (int i = 0; i < k; ++i) {
         const V g = c[i] + gradient * C.at(t, i);
-        const V before = trail[k + i];
-        if constexpr (token_C) {
-          tokens[k + i] += gradient * after[i];
-        } else {
-          dC[i] += gradient * after[i];
-        }
         if constexpr (token_B) {
           tokens[i] += g * u;
         } else {
@@ -514,10 +569,9 @@ struct Kernel {
         }
         along_input += g * B.at(t, i);
         c[i] = g * trail[i];
-        const V m = c[i] * before;
+        const V m = c[i] * trail[k + i];
         drate[i] += m * d;
         along_rate += m * rate[i];
-        after[i] = before;
       }
       by_rate[t] = along_rate;
       by_input[t] = along_input;
@@ -525,7 +579,6 @@ struct Kernel {
     for (int i = 0; i < k; ++i) {
       carry[i] = c[i], sums.rates[i] += drate[i];
       if (!token_B) sums.B[i] += dB[i];
-      if (!token_C) sums.C[i] += dC[i];
     }
   }
 
@@ -610,11 +663,12 @@ struct Kernel {
         V* h = states + k * n;
         if (a.checkpoints && !first) {
           S* plane = static_cast<S*>(a.checkpoints) + (span.batch * p.tiles + tile) * n * a.d;
-          write_plane(plane, h, n, a.d, block);
+          write_packed(plane, h, n, block);
         }
         Fetcher next = fetcher(a, p, span, tile, k, 1);
         if (!first) {
-          for (const Rows* rows : {&a.x, &a.dt, &a.gate, &a.y}) next.add(*rows);
+          for (const Rows* rows : {&a.x, &a.dt, &a.gate}) next.add(*rows);
+          next.template add_output<S>(a.y, block);
         }
         next.fetch_rest((n + K - 1) / K);
 
@@ -644,6 +698,8 @@ struct Kernel {
         }
       }
     }
+
+    finish_streams();
 
     for (int64_t k = 0; k < span.blocks; ++k) {
       const Block block = p.block(a, span, k);
@@ -711,8 +767,7 @@ struct Kernel {
     const FlushDenormals flush;
     const int64_t n = a.n, kn = span.blocks * n;
     Workspace memory((3 * kn + (token_B ? 0 : kn) + (token_C ? 0 : kn) + 3 * span.blocks +
-                      3 * n + 9 * tile_steps + 2 * K * (tile_steps + 1) +
-                      2 * tile_steps * (n + K)) *
+                      3 * n + 9 * tile_steps + record * tile_steps * (n + 2 * K)) *
                              sizeof(V) +
                          2 * tile_steps * n * sizeof(S),
                      25);
@@ -733,9 +788,9 @@ struct Kernel {
                       &tile.dgate, &tile.by_rate, &tile.by_input}) {
       *array = memory.template take<V>(tile_steps);
     }
-    V* trail = memory.template take<V>(2 * K * (tile_steps + 1));
-    // dB and dC of each token and state, still apart by lane: (state group, step, B or C, K).
-    V* tokens = memory.template take<V>(2 * tile_steps * (n + K));
+    V* trail = memory.template take<V>(record * tile_steps * (n + 2 * K));
+    // dB and dC of each token and state, still apart by lane: (state group, step, record).
+    V* tokens = trail + record * K * tile_steps;
     S* B_tile = memory.template take<S>(tile_steps * n);
     S* C_tile = memory.template take<S>(tile_steps * n);
 
@@ -759,7 +814,7 @@ struct Kernel {
       if (token_B) read_tokens(B_tile, a.B, n, span, t0, steps);
       if (token_C) read_tokens(C_tile, a.C, n, span, t0, steps);
       if (!first && (token_B || token_C)) {
-        std::memset(static_cast<void*>(tokens), 0, 2 * tile_steps * (n + K) * sizeof(V));
+        std::memset(static_cast<void*>(tokens), 0, record * tile_steps * (n + K) * sizeof(V));
       }
 
       for (int64_t k = 0; k < span.blocks; ++k) {
@@ -775,20 +830,21 @@ struct Kernel {
           continue;
         }
         Fetcher next = fetcher(a, p, span, at, k, -1);
-        for (const Rows* rows : {&a.x, &a.dt, &a.gate, &a.dy, &a.dx, &a.ddt, &a.dgate}) {
-          next.add(*rows);
+        for (const Rows* rows : {&a.x, &a.dt, &a.gate, &a.dy}) next.add(*rows);
+        for (const Rows* rows : {&a.dx, &a.ddt, &a.dgate}) {
+          next.template add_output<S>(*rows, block);
         }
         next.fetch_rest(2 * ((n + K - 1) / K));
         const S* plane =
             static_cast<const S*>(a.checkpoints) + (span.batch * p.tiles + at) * n * a.d;
-        read_plane(start, plane, n, a.d, block);
+        read_packed(start, plane, n, block);
 
         const auto there_and_back = [&](auto states, int64_t i, int pass) {
           constexpr int k_states = decltype(states)::value;
           const Sums sums{drates + k * n + i, dB_fixed + k * n + i, dC_fixed + k * n + i,
-                          tokens + 2 * tile_steps * i};
+                          tokens + record * tile_steps * i + 2 * k_states};
           replay<k_states>(start + i, rate + i, B.from(i), C.from(i), tile.dt, tile.input,
-                           tile.y, trail, steps, next.pass(pass));
+                           tile.dy, tile.y, trail, sums, steps, next.pass(pass));
           walk_back<k_states>(carry + i, rate + i, B.from(i), C.from(i), tile.dt, tile.input,
                               tile.dy, trail, sums, tile.by_rate, tile.by_input, steps,
                               next.pass(pass + 1));
@@ -808,6 +864,8 @@ struct Kernel {
         if (token_C) sum_tokens(partial.C, tokens, 1, a, span, t0, steps);
       }
     }
+
+    finish_streams();
 
     for (int64_t k = 0; k < span.blocks; ++k) {
       const Block block = p.block(a, span, k);
@@ -889,9 +947,9 @@ struct Kernel {
     for (int t = 0; t < steps; ++t, out += a.g * n) {
       int64_t i = 0;
       for (; i + K <= n; i += K) {
-        sum_lanes<K>(out + i, tokens + 2 * (tile_steps * i + t * K) + half * K);
+        sum_lanes<K>(out + i, tokens + record * (tile_steps * i + t * K) + (2 + half) * K);
       }
-      for (; i < n; ++i) sum_lanes<1>(out + i, tokens + 2 * (tile_steps * i + t) + half);
+      for (; i < n; ++i) sum_lanes<1>(out + i, tokens + record * (tile_steps * i + t) + 2 + half);
     }
   }
 
@@ -968,14 +1026,16 @@ void gather_tokens(const Arguments& a, const Plan& p, const Rows& out, S* partia
 }
 
 // Asks the system for large pages below a big output. Its memory is usually fresh, and to be
-// handed it in pages of 4 KB takes as long as a third of the arithmetic. A system that will not
-// is no error.
+// handed it in pages of 4 KB takes as long as a third of the arithmetic. The ends reach into
+// large pages that neighbours share, for whom the advice is as good. A system that will not is no
+// error.
 void prefer_large_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t large = uintptr_t{1} << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + large - 1) / large * large;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / large * large;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (bytes < large) return;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(data) / large * large;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes + large - 1) / large * large;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 

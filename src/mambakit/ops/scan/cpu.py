@@ -18,7 +18,7 @@ from .. import _native
 
 # Steps between two checkpoints: tile_steps in cpu.cpp. A constant, so that shapes are known
 # where the library is not.
-TILE_STEPS = 32
+TILE_STEPS = 24
 
 
 class Gradients(NamedTuple):
