@@ -15,12 +15,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What the build reads: a change here means another build.
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find src -name '*.cpp' -o -name '*.h')
 
-.PHONY: help demo test lint types layers contracts unit format bench clean
+.PHONY: help demo test lint types layers contracts unit gpu-test format bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small byte-level Mamba for about five minutes and read what it writes"
 	@echo "make test    linters, type checker, layers, and all tests"
+	@echo "make gpu-test all laws of operations, modules and models once more, on the CUDA device"
 	@echo "make bench   measure this machine: rows in benchmarks/results, tables in the README"
 	@echo "make format  rewrite the sources in the project's format"
 	@echo "make clean   remove the environment, builds and caches (runs/ stays)"
@@ -41,13 +42,22 @@ types: $(VENV)/.dev
 layers: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo
 
-# The operations once more, with every jaxtyping annotation checked at each call.
+# The operations once more, with every jaxtyping annotation checked at each call. The kernels of
+# other devices are under the same interface, and slow on a processor.
 contracts: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/ops -q -m "not compiles and not refuses" \
-	    --jaxtyping-packages=mambakit,beartype.beartype
+	$(BIN)/python -m pytest tests/ops -q -n logical -m "not compiles and not refuses" \
+	    -k "not cuda and not triton" --jaxtyping-packages=mambakit,beartype.beartype
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical
+
+# With the machine's own Python, whose PyTorch is built for its GPU, and which has this package
+# and what the tests need: pip install -e '.[test]'.
+GPU_PYTHON ?= $(PYTHON)
+
+gpu-test:
+	$(GPU_PYTHON) -m pytest tests/ops tests/modules tests/models tests/generation \
+	    tests/training/test_loss.py tests/training/test_gradient.py -n 8 --device cuda
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -88,8 +98,10 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --quiet -e '.[plot,tokenizers]'
 	@touch $@
 
+# Triton's interpreter runs its kernels without a GPU; GPU builds of PyTorch bring their own.
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --quiet -e '.[dev]'
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) install --quiet 'triton>=3.7'; fi
 	@touch $(VENV)/.package $@
 
 $(VENV)/.bench: $(VENV)/.package

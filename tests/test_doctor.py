@@ -30,6 +30,26 @@ def test_the_kernels_are_checked_and_named_with_their_instruction_set(run):
     assert sum(" fused on cpu" in line for line in lines) == 4
 
 
+def test_a_gpu_is_named_with_its_capability_and_the_compiler(monkeypatch):
+    gpu = doctor.torch.device("cuda", 0)
+    monkeypatch.setattr(doctor, "_present", lambda: iter([gpu]))
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(doctor._cuda, "version", lambda: (13, 0))
+    assert list(doctor.devices()) == [("cuda:0", "NVIDIA H200, compute capability 9.0")]
+    monkeypatch.setattr(_backends._cuda, "unavailable", lambda index: None)
+    assert next(doctor.kernels()) == ("cuda:0", "fused (compiled by NVRTC 13.0)")
+    monkeypatch.setattr(_backends._cuda, "unavailable", lambda index: "install a compiler")
+    monkeypatch.setattr(_backends, "_ask_about_triton", lambda kind, index: None)
+    assert list(doctor.kernels())[:2] == [
+        (
+            "cuda:0",
+            "selective_scan fused (Triton, slower than the CUDA kernels: install a compiler)",
+        ),
+        ("", "causal_conv1d parallel; fused is not usable: install a compiler"),
+    ]
+
+
 def test_a_missing_kernel_is_named_with_the_reason_and_is_no_failure(run, monkeypatch):
     monkeypatch.setitem(_backends.MISSING, "cpu", "nobody built it")
     healthy, lines = run()

@@ -9,8 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambakit.ops import causal_conv1d, selective_scan
-from mambakit.ops._backends import Backend, Implementation, why_not_fused
+from mambakit.ops import _cuda, causal_conv1d, selective_scan
+from mambakit.ops._backends import (
+    Backend,
+    Implementation,
+    Kernels,
+    fused_kernels,
+    why_not_fused,
+)
 from mambakit.ops._native import isa, not_built
 
 # Instructions that decide which kernel is picked and how fast bf16 can be.
@@ -75,6 +81,7 @@ def versions() -> Iterator[tuple[str, str]]:
         ("safetensors", None),
         ("matplotlib", "plot"),
         ("tokenizers", "tokenizers"),
+        ("cuda-bindings", "cuda"),
     ):
         try:
             yield name, metadata.version(name)
@@ -101,7 +108,9 @@ def devices() -> Iterator[tuple[str, str]]:
     """List every device that torch can compute on here."""
     for device in _present():
         if device.type == "cuda":
-            yield str(device), torch.cuda.get_device_name(device)
+            name = torch.cuda.get_device_name(device)
+            major, minor = torch.cuda.get_device_capability(device)
+            yield str(device), f"{name}, compute capability {major}.{minor}"
         else:
             yield str(device), "available"
 
@@ -112,23 +121,40 @@ def kernels() -> Iterator[tuple[str, str]]:
     A build of the CPU library that failed is told even where another serves.
     """
     for device in _present():
-        why = why_not_fused(device)
-        if why is None:
-            yield str(device), f"fused ({isa()})" if device.type == "cpu" else "fused"
+        scan, conv = (
+            fused_kernels(name, device) for name in ("selective_scan", "causal_conv1d")
+        )
+        if scan == conv:
+            yield str(device), _described(scan)
         else:
-            yield str(device), f"parallel; fused is not usable: {why}"
+            yield str(device), f"selective_scan {_described(scan)}"
+            yield "", f"causal_conv1d {_described(conv)}"
     note = not_built()
-    if note is not None and note not in (why_not_fused(torch.device("cpu")) or ""):
+    if note is not None and note not in (
+        why_not_fused("selective_scan", torch.device("cpu")) or ""
+    ):
         yield "not built", note
+
+
+def _described(kernels: Kernels) -> str:
+    kind, why_not = kernels
+    if kind is None:
+        return f"parallel; fused is not usable: {why_not}"
+    if kind == "cpu":
+        return f"fused ({isa()})"
+    if kind == "cuda":
+        return f"fused (compiled by NVRTC {'.'.join(map(str, _cuda.version()))})"
+    slower = "" if why_not is None else f", slower than the CUDA kernels: {why_not}"
+    return f"fused (Triton{slower})"
 
 
 def checks() -> Iterator[Check]:
     """Compare values and gradients of each usable backend with the float64 reference."""
     for device in _present():
-        backends: list[Implementation] = ["parallel"]
-        if why_not_fused(device) is None:
-            backends.append("fused")
         for name, run in (("selective_scan", _scan), ("causal_conv1d", _conv)):
+            backends: list[Implementation] = ["parallel"]
+            if why_not_fused(name, device) is None:
+                backends.append("fused")
             for backend in backends:
                 values, gradients = _errors(run, backend, device)
                 yield Check(f"{name} {backend} on {device}", values)

@@ -11,6 +11,8 @@ import torch
 
 from mambakit.ops import _native
 
+pytestmark = pytest.mark.cpu
+
 WHY_NOT = _native.unavailable()
 
 needs_library = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

@@ -5,6 +5,8 @@ import torch
 
 from mambakit.ops._shapes import check_axes, check_floats
 
+pytestmark = pytest.mark.cpu
+
 
 def test_axes_are_bound_to_sizes():
     a, b = torch.ones(2, 3), torch.ones(3, 4)
@@ -46,3 +48,19 @@ def test_the_four_dtypes_pass(dtype):
 def test_anything_else_is_refused(value, message):
     with pytest.raises(ValueError, match=f"^f: {message}$"):
         check_floats("f", a=torch.ones(1), b=value)
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused(layout):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    with pytest.raises(ValueError, match=r"^f: a must be a dense tensor, got a nested one$"):
+        check_floats("f", a=nested)
+
+
+@pytest.mark.refuses
+def test_a_tensor_that_is_needed_may_not_be_none():
+    check_floats("f", "a", a=torch.ones(1), b=None)
+    with pytest.raises(ValueError, match=r"^f: b must be a tensor, got None$"):
+        check_floats("f", "a", "b", a=torch.ones(1), b=None)

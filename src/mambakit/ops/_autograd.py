@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -31,3 +32,18 @@ def refuse_tangents(operation: str, arguments: Iterable[Any]) -> None:
             raise RuntimeError(
                 f"{operation}: forward-mode derivatives exist only with backend='reference'"
             )
+
+
+def refuse_transforms(operation: str) -> None:
+    """Check, before an ``autograd.Function`` is applied, that ``torch.func`` asks for nothing.
+
+    ``torch.func.vmap`` of a call that nobody differentiates never comes here.
+
+    Raises:
+        RuntimeError: ``torch.func`` differentiates; PyTorch's own words would speak of a
+            method that the Function lacks.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{operation}: derivatives by torch.func exist only with backend='reference'"
+        )

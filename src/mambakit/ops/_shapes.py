@@ -38,32 +38,31 @@ def check_axes(operation: str, /, **tensors: tuple[Tensor | None, str]) -> dict[
     return sizes
 
 
-def check_floats(operation: str, /, **tensors: Tensor | None) -> None:
+def check_floats(operation: str, /, *needed: str, **tensors: Tensor | None) -> None:
     """Check that the tensors are dense, of real floating dtypes and all on one device.
 
-    A keyword is ``name=tensor``; the first names the device, and ``None`` is passed over.
+    A keyword is ``name=tensor``; the first names the device, and ``None`` is passed over
+    unless the tensor is one of those ``needed``.
 
     Raises:
         ValueError: One of them is something else.
     """
     device = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name not in needed:
             continue
         if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{operation}: {name} must be a tensor, got {type(tensor).__name__}"
-            )
+            got = "None" if tensor is None else type(tensor).__name__
+            raise ValueError(f"{operation}: {name} must be a tensor, got {got}")
         if tensor.dtype not in FLOATS:
             raise ValueError(
                 f"{operation}: {name} must be float32, bfloat16, float16 or float64, "
                 f"got {str(tensor.dtype).removeprefix('torch.')}"
             )
-        if tensor.layout is not torch.strided:
-            raise ValueError(
-                f"{operation}: {name} must be a dense tensor, "
-                f"got layout {str(tensor.layout).removeprefix('torch.')}"
-            )
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            layout = str(tensor.layout).removeprefix("torch.")
+            got = "a nested one" if tensor.is_nested else f"layout {layout}"
+            raise ValueError(f"{operation}: {name} must be a dense tensor, got {got}")
         if device is None:
             device = tensor.device
         elif tensor.device != device:

@@ -6,6 +6,8 @@ import torch
 from mambakit.ops import _native
 from mambakit.ops.conv import cpu, reference
 
+pytestmark = pytest.mark.cpu
+
 # Around the block of 8 steps, the strip of 128 steps, the block of 512 channels, every width of
 # vector, and windows longer than the sequence.
 SIZES = [

@@ -4,12 +4,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mambakit.ops import _backends, causal_conv1d
+from mambakit.ops import causal_conv1d
 
-pytestmark = pytest.mark.skipif(
-    _backends.why_not_fused(torch.device("cpu")) is not None,
-    reason=str(_backends.why_not_fused(torch.device("cpu"))),
-)
+pytestmark = pytest.mark.usefixtures("fused")
 
 
 @pytest.mark.compiles
@@ -30,6 +27,35 @@ def test_registration_is_sound(draw, requires_grad, optional, l):
         torch.ops.mambakit.causal_conv1d_backward.default,
         (torch.randn(2, l, 3), dlast, *detached, True),
     )
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("l", [7, 0])
+def test_the_gradient_of_x_is_written_where_it_is_wanted(draw, l):
+    x, weight, bias, state = draw(l=l, dtype=torch.float32)
+    call = (torch.randn(2, l, 3), torch.randn(2, 3, 3), x, weight, bias, state, True)
+    operator = torch.ops.mambakit.causal_conv1d_backward
+    wanted = operator(*call)
+    wide = torch.zeros(2, l, 6)
+    found = operator.into(*call, dx=wide[..., 3:])
+    assert torch.equal(wide[..., 3:], wanted[0])
+    assert not wide[..., :3].any()
+    torch.testing.assert_close(found, wanted[1:], rtol=0, atol=0)
+    torch.library.opcheck(operator.into, call, {"dx": wide[..., 3:]})
+
+
+def test_derivatives_by_torch_func_are_refused(draw):
+    x, weight, _, _ = draw()
+
+    def loss(x):
+        return causal_conv1d(x, weight, backend="fused").y.sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(
+            RuntimeError,
+            match=r"^causal_conv1d: derivatives by torch\.func exist only with backend='ref",
+        ):
+            transform(loss)(x)
 
 
 @pytest.mark.compiles

@@ -26,7 +26,9 @@ def draw():
         source = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
-            return torch.randn(*shape, generator=source, dtype=torch.float64).to(dtype)
+            # the same numbers on every device
+            drawn = torch.randn(*shape, generator=source, dtype=torch.float64, device="cpu")
+            return drawn.to(torch.get_default_device(), dtype)
 
         forms = {"constant": (d, n), "token": (b, l, n), "grouped": (b, l, g, n)}
         inputs = {
@@ -55,9 +57,9 @@ def gradients():
         }
         y, state = selective_scan(**{**inputs, **leaves}, backend=backend)
         source = torch.Generator().manual_seed(1)
-        loss = (y * torch.randn(y.shape, generator=source).to(y.dtype)).sum()
+        loss = (y * torch.randn(y.shape, generator=source, device="cpu").to(y)).sum()
         if weigh_state:
-            weights = torch.randn(state.shape, generator=source).to(state.dtype)
+            weights = torch.randn(state.shape, generator=source, device="cpu").to(state)
             loss = loss.to(state.dtype) + (state * weights).sum()
         found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return {

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from mambakit.ops import selective_scan, selective_step
+from mambakit.ops.scan import fused as scan_kernels
 
 pytestmark = pytest.mark.compiles
 
@@ -12,9 +13,13 @@ OPERATORS = {"parallel": "parallel_scan", "fused": "selective_scan"}
 OVER_TIME = ("x", "dt", "B", "C", "gate")
 
 
-def arguments(inputs, *, save):
+def arguments(inputs, operator, *, save):
+    """What an operator takes; the steps are for the devices that save a state at all."""
+    steps = (
+        scan_kernels.checkpoint_steps(inputs["x"].device) if operator == "selective_scan" else 0
+    )
     names = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state")
-    return (*(inputs.get(name) for name in names), inputs["dt_softplus"], save)
+    return (*(inputs.get(name) for name in names), inputs["dt_softplus"], steps, save)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -34,9 +39,10 @@ def test_operators_are_sound(fast_backend, draw, requires_grad, l, dtype, B, wit
         k: v.requires_grad_(requires_grad) if torch.is_tensor(v) else v
         for k, v in inputs.items()
     }
-    operator = getattr(torch.ops.mambakit, OPERATORS[fast_backend]).default
+    name = OPERATORS[fast_backend]
+    operator = getattr(torch.ops.mambakit, name).default
     # a call that asks for gradients always saves
-    torch.library.opcheck(operator, arguments(inputs, save=requires_grad))
+    torch.library.opcheck(operator, arguments(inputs, name, save=requires_grad))
 
 
 @pytest.mark.parametrize("l", [0, 70, 151])
@@ -44,9 +50,10 @@ def test_operators_are_sound(fast_backend, draw, requires_grad, l, dtype, B, wit
 def test_backward_operators_are_sound(fast_backend, draw, without, l):
     inputs = draw(l=l, d=8, B="constant", C="grouped", without=without, dtype=torch.float32)
     inputs["A"] = inputs["A"].T.contiguous().T  # whose gradient is dense all the same
-    forward = getattr(torch.ops.mambakit, OPERATORS[fast_backend]).default
-    y, last, checkpoints = forward(*arguments(inputs, save=True))
-    *given, softplus, _ = arguments(inputs, save=True)
+    name = OPERATORS[fast_backend]
+    forward = getattr(torch.ops.mambakit, name).default
+    y, last, checkpoints = forward(*arguments(inputs, name, save=True))
+    *given, softplus, _, _ = arguments(inputs, name, save=True)
     backward = getattr(torch.ops.mambakit, f"{OPERATORS[fast_backend]}_backward").default
     for dlast in (None, torch.ones_like(last)):
         torch.library.opcheck(
@@ -54,12 +61,14 @@ def test_backward_operators_are_sound(fast_backend, draw, without, l):
         )
 
 
+@pytest.mark.cpu  # whose checkpoints meta tensors are given the shape of
 def test_meta_tensors_have_the_shapes_and_dtypes(fast_backend, draw):
     inputs = draw(dtype=torch.bfloat16)
-    operator = getattr(torch.ops.mambakit, OPERATORS[fast_backend]).default
-    real = operator(*arguments(inputs, save=True))
+    name = OPERATORS[fast_backend]
+    operator = getattr(torch.ops.mambakit, name).default
+    real = operator(*arguments(inputs, name, save=True))
     meta = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in inputs.items()}
-    for a, b in zip(operator(*arguments(meta, save=True)), real, strict=True):
+    for a, b in zip(operator(*arguments(meta, name, save=True)), real, strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         assert a.stride() == b.stride()
@@ -99,6 +108,51 @@ def test_one_graph_serves_every_length(fast_backend, draw, train):
             ):
                 assert_close(a, b, rtol=0, atol=0)
     assert graphs.count == 1
+
+
+@pytest.mark.cpu
+def test_a_compiled_call_names_the_steps_between_checkpoints(fused, draw, monkeypatch):
+    """Compilers keep on disk what they made of a graph, and find it again by its code."""
+    inputs, codes = draw(), []
+
+    def keep(graph, example_inputs):
+        codes.append(graph.code)
+        return graph
+
+    for steps in (24, 7):
+        kernels = scan_kernels._KERNELS["CPU"]._replace(checkpoint_steps=steps)
+        monkeypatch.setitem(scan_kernels._KERNELS, "CPU", kernels)
+        torch._dynamo.reset()
+        torch.compile(selective_scan, fullgraph=True, backend=keep)(**inputs)
+        assert f", {steps}, False)" in codes[-1]
+
+
+@pytest.mark.cpu
+def test_checkpoints_of_another_release_are_refused(fused, draw):
+    *given, steps, save = arguments(draw(), "selective_scan", save=True)
+    with pytest.raises(
+        RuntimeError,
+        match=rf"cpu kernels keep a state every {steps} steps, .* another release, for 7$",
+    ):
+        torch.ops.mambakit.selective_scan(*given, 7, save)
+
+
+@pytest.mark.parametrize("l", [0, 151])
+def test_the_gates_gradient_is_written_where_it_is_wanted(fused, draw, l):
+    inputs = draw(l=l, d=8, dtype=torch.float32)
+    y, last, checkpoints = torch.ops.mambakit.selective_scan(
+        *arguments(inputs, "selective_scan", save=True)
+    )
+    *given, softplus, _, _ = arguments(inputs, "selective_scan", save=True)
+    call = (torch.ones_like(y), torch.ones_like(last), *given, checkpoints, softplus)
+    operator = torch.ops.mambakit.selective_scan_backward
+    wanted = list(operator(*call))
+    wide = torch.zeros(2, l, 16)
+    found = operator.into(*call, dgate=wide[..., 8:])
+    assert torch.equal(wide[..., 8:], wanted.pop(6))
+    assert not wide[..., :8].any()
+    assert_close(found, wanted, rtol=0, atol=0)
+    torch.library.opcheck(operator.into, call, {"dgate": wide[..., 8:]})
 
 
 @pytest.mark.parametrize("l", [70, 151])

@@ -69,7 +69,7 @@ def causal_conv1d(
         ValueError: A shape, dtype, device or layout is wrong, or the name of the activation
             or the backend.
         RuntimeError: ``backend="fused"`` cannot run on this device or in this installation,
-            or a second or a forward-mode derivative is asked of it.
+            or a second or forward-mode derivative, or one by ``torch.func``, is asked of it.
 
     Source:
         Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
@@ -89,7 +89,7 @@ def causal_conv1d(
         >>> torch.testing.assert_close(torch.cat([left.y, right.y], dim=1), whole.y)
         >>> torch.testing.assert_close(right.state, x[:, -3:].mT)
     """
-    check_floats("causal_conv1d", x=x, weight=weight, bias=bias, state=state)
+    check_floats("causal_conv1d", "x", "weight", x=x, weight=weight, bias=bias, state=state)
     sizes = check_axes(
         "causal_conv1d", x=(x, "b l d"), weight=(weight, "d w"), bias=(bias, "d")
     )
@@ -129,7 +129,7 @@ def causal_conv1d_step(
         ValueError: A shape, dtype, device or layout is wrong, or the name of the activation
             or the backend.
         RuntimeError: ``backend="fused"`` cannot run on this device or in this installation,
-            or a second or a forward-mode derivative is asked of it.
+            or a second or forward-mode derivative, or one by ``torch.func``, is asked of it.
 
     Source:
         As ``causal_conv1d``.
@@ -146,7 +146,9 @@ def causal_conv1d_step(
         >>> torch.testing.assert_close(y, whole.y[:, -1])
         >>> torch.testing.assert_close(state, whole.state)
     """
-    check_floats("causal_conv1d_step", x=x, weight=weight, bias=bias, state=state)
+    check_floats(
+        "causal_conv1d_step", "x", "weight", x=x, weight=weight, bias=bias, state=state
+    )
     sizes = check_axes(
         "causal_conv1d_step", x=(x, "b d"), weight=(weight, "d w"), bias=(bias, "d")
     )

@@ -7,13 +7,14 @@ The operators are private to the package and check nothing: shapes, dtypes and d
 checked once, in ``causal_conv1d``, and a kernel called directly trusts what it is given.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._autograd import any_requires_grad, refuse_tangents
-from . import cpu
+from .._autograd import any_requires_grad, refuse_tangents, refuse_transforms
+from . import cpu, cuda
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, bool silu"
 
@@ -22,6 +23,13 @@ torch.library.define(
     "mambakit::causal_conv1d_backward",
     f"(Tensor dy, Tensor? dlast, {_INPUTS})"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dstate)",
+)
+
+# Writes the gradient of x where dx is.
+torch.library.define(
+    "mambakit::causal_conv1d_backward.into",
+    f"(Tensor dy, Tensor? dlast, {_INPUTS}, *, Tensor(a!) dx)"
+    " -> (Tensor dweight, Tensor dbias, Tensor dstate)",
 )
 
 _forward = torch.ops.mambakit.causal_conv1d.default
@@ -50,7 +58,7 @@ def _(
 
 
 @torch.library.register_fake("mambakit::causal_conv1d_backward")
-def _(
+def _fake_backward(
     dy: Tensor,
     dlast: Tensor | None,
     x: Tensor,
@@ -68,30 +76,69 @@ def _(
     )
 
 
-@torch.library.impl("mambakit::causal_conv1d", "CPU")
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor]:
-    return cpu.forward(x, weight, bias, state, silu)
+@torch.library.register_fake("mambakit::causal_conv1d_backward.into")
+def _(*arguments: Any, dx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_backward(*arguments)[1:]
 
 
-@torch.library.impl("mambakit::causal_conv1d_backward", "CPU")
-def _(
-    dy: Tensor,
-    dlast: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias, dstate = cpu.backward(dy, dlast, x, weight, bias, state, silu)
+def _as_promised(
+    x: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor | None, dstate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        dx,
         dweight,
         x.new_empty(0) if dbias is None else dbias,
         x.new_empty(0) if dstate is None else dstate,
     )
+
+
+def _implement(key: str, kernels: ModuleType, takes_dx: bool) -> None:
+    """Register the ``forward`` and ``backward`` of a module under a dispatch key.
+
+    ``takes_dx`` says that ``backward`` takes ``dx``, room that it uses if it can.
+    """
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+    ) -> tuple[Tensor, Tensor]:
+        y, last = kernels.forward(x, weight, bias, state, silu)
+        return y, last
+
+    def run_backward(
+        dy: Tensor,
+        dlast: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = kernels.backward(dy, dlast, x, weight, bias, state, silu)
+        return found[0], *_as_promised(x, *found)
+
+    def run_backward_into(
+        dy: Tensor,
+        dlast: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        silu: bool,
+        *,
+        dx: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        room = {"dx": dx} if takes_dx else {}
+        found = kernels.backward(dy, dlast, x, weight, bias, state, silu, **room)
+        if found[0] is not dx:
+            dx.copy_(found[0])
+        return _as_promised(x, *found)
+
+    torch.library.impl("mambakit::causal_conv1d", key, run)
+    torch.library.impl("mambakit::causal_conv1d_backward", key, run_backward)
+    torch.library.impl("mambakit::causal_conv1d_backward.into", key, run_backward_into)
+
+
+_implement("CPU", cpu, takes_dx=False)
+_implement("CUDA", cuda, takes_dx=True)
 
 
 class _Gradient(torch.autograd.Function):
@@ -135,6 +182,7 @@ def _(
     inputs = (x, weight, bias, state)
     refuse_tangents("causal_conv1d", inputs)
     if torch.is_grad_enabled() and any_requires_grad(inputs):
+        refuse_transforms("causal_conv1d")
         return _Gradient.apply(x, weight, bias, state, silu)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(x, weight, bias, state, silu)

@@ -51,9 +51,9 @@ def selective_scan(
     nothing is copied for them, so slices of a wider tensor are as good as a tensor of their
     own; a tensor whose last axis is not dense is copied once. Gradients flow to every tensor,
     from ``y`` and from the state, and the backward pass is deterministic. It keeps the inputs
-    and a few states, never a tensor of (b, l, d, n). Forward-mode and second derivatives are
-    the reference's alone. Values are not inspected: a NaN reaches the steps after it in its own
-    row of the batch and nothing else.
+    and a few states, never a tensor of (b, l, d, n). Forward-mode and second derivatives, and
+    those by ``torch.func``, are the reference's alone. Values are not inspected: a NaN reaches
+    the steps after it in its own row of the batch and nothing else.
 
     Args:
         x: Input signal, float32, bfloat16, float16 or float64. Any length, also 0.
@@ -84,8 +84,8 @@ def selective_scan(
     Raises:
         ValueError: A shape, dtype, device or layout is wrong, or the backend's name.
         RuntimeError: ``backend="fused"`` cannot run on this device or in this installation,
-            or a second or a forward-mode derivative is asked of a backend other than
-            ``"reference"``.
+            or a second or forward-mode derivative, or one by ``torch.func``, is asked of a
+            backend other than ``"reference"``.
 
     Source:
         Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
@@ -109,7 +109,7 @@ def selective_scan(
         >>> torch.testing.assert_close(torch.cat([left.y, right.y], dim=1), whole.y)
     """
     check_floats(
-        "selective_scan",
+        "selective_scan", "x", "dt", "A", "B", "C",
         x=x, dt=dt, A=A, B=B, C=C, D=D, gate=gate, dt_bias=dt_bias, state=state,
     )  # fmt: skip
     sizes = check_axes(
@@ -165,8 +165,8 @@ def selective_step(
     Raises:
         ValueError: A shape, dtype, device or layout is wrong, or the backend's name.
         RuntimeError: ``backend="fused"`` cannot run on this device or in this installation,
-            or a second or a forward-mode derivative is asked of a backend other than
-            ``"reference"``.
+            or a second or forward-mode derivative, or one by ``torch.func``, is asked of a
+            backend other than ``"reference"``.
 
     Source:
         As ``selective_scan``.
@@ -186,7 +186,7 @@ def selective_step(
         >>> torch.testing.assert_close(state, whole.state)
     """
     check_floats(
-        "selective_step",
+        "selective_step", "x", "dt", "A", "B", "C",
         x=x, dt=dt, A=A, B=B, C=C, D=D, gate=gate, dt_bias=dt_bias, state=state,
     )  # fmt: skip
     sizes = check_axes(

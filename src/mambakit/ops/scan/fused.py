@@ -1,10 +1,53 @@
 """The selective scan by compiled kernels: ``torch.ops.mambakit.selective_scan``."""
 
-from . import cpu
-from .registration import register
+from types import ModuleType
+from typing import Any
 
-scan = register(
-    "selective_scan",
-    {"CPU": (cpu.forward, cpu.backward)},
-    checkpoint_shape=cpu.checkpoint_shape,
-)
+import torch
+from torch import Tensor
+
+from .._backends import fused_kernels
+from . import cpu, registration
+from .cuda import backward as cuda_backward, forward as cuda_forward
+from .cuda.operands import CHECKPOINT_STEPS
+from .registration import Kernels, register
+
+
+def _forward_on_gpu(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _by_triton(x):
+        return _triton().forward(x, *rest)
+    return cuda_forward.forward(x, *rest)
+
+
+def _backward_on_gpu(
+    dy: Tensor, *rest: Any, dgate: Tensor | None = None
+) -> registration.Gradients:
+    if _by_triton(dy):
+        return _triton().backward(dy, *rest)
+    return cuda_backward.backward(dy, *rest, dgate=dgate)
+
+
+def _by_triton(tensor: Tensor) -> bool:
+    return fused_kernels("selective_scan", tensor.device).kind == "triton"
+
+
+def _triton() -> ModuleType:
+    # it is not there without Triton, and takes seconds to import
+    from . import triton
+
+    return triton
+
+
+_ON_GPU = Kernels(_forward_on_gpu, _backward_on_gpu, CHECKPOINT_STEPS, takes_dgate=True)
+_KERNELS = {
+    "CPU": Kernels(cpu.forward, cpu.backward, cpu.TILE_STEPS),
+    "CUDA": _ON_GPU,  # the name that AMD's go by too
+    "XPU": _ON_GPU,
+}
+
+scan = register("selective_scan", _KERNELS)
+
+
+def checkpoint_steps(device: torch.device) -> int:
+    """Return the steps between two states that the kernels for ``device`` save."""
+    return registration.checkpoint_steps(_KERNELS, device)

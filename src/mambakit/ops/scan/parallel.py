@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import softplus
-from .registration import register
+from .registration import Kernels, register
 
 # Steps of a block: enough to make calls few, few enough for a block to stay in the cache.
 _FEWEST_STEPS, _MOST_STEPS, _BLOCK_ELEMENTS = 16, 64, 2**19
@@ -376,6 +376,5 @@ def _chunk_ends(problem: _Problem, plan: _Plan, dpre: Tensor, final: Tensor) -> 
 # The work is PyTorch's own on every device, so one kernel serves all of them.
 scan = register(
     "parallel_scan",
-    {"CompositeExplicitAutograd": (_forward, _backward)},
-    checkpoint_shape=lambda b, l, d, n: (0,),
+    {"CompositeExplicitAutograd": Kernels(_forward, _backward, checkpoint_steps=0)},
 )

@@ -45,7 +45,11 @@ def scan(
         h = decay * h + drive
         # a product and a sum: autocast and TF32 would round a matrix product
         ys.append((h * _at(C, t, d).to(wide)).sum(-1))
-    y = torch.stack(ys, dim=1) if ys else signal
+    if ys:
+        y = torch.stack(ys, dim=1)
+    else:  # no step joined the inputs to y and h, yet their gradients are zeros, not None
+        h = h + _nothing_of(signal, step, A, B)
+        y = signal + _nothing_of(h, C)
     if D is not None:
         y = y + D.to(wide) * signal
     if gate is not None:
@@ -56,6 +60,11 @@ def scan(
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)); PyTorch's own is the identity from 20 on, too early for float64."""
     return F.softplus(x, threshold=40.0)
+
+
+def _nothing_of(*tensors: Tensor) -> Tensor | int:
+    """Give 0 as a function of the tensors, whatever values are in them."""
+    return sum(tensor.flatten()[:0].sum(dtype=tensors[0].dtype) for tensor in tensors)
 
 
 def _at(M: Tensor, t: int, d: int) -> Tensor:

@@ -8,83 +8,114 @@ The operators are private to the package and check nothing: shapes, dtypes and d
 checked once, in ``selective_scan``, and a kernel called directly trusts what it is given.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._autograd import any_requires_grad, refuse_tangents
+from .._autograd import any_requires_grad, refuse_tangents, refuse_transforms
 
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-Backward = Callable[..., Sequence[Tensor | None]]
+Gradients = Sequence[Tensor | None]
+Backward = Callable[..., Gradients]
 Scan = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Kernels(NamedTuple):
+    """What one kind of device brings to an operator.
+
+    Beside the inputs ``forward`` saves for ``backward`` one state every ``checkpoint_steps``
+    steps, in an order of its own; 0 says that it saves none. ``takes_dgate`` says that
+    ``backward`` takes ``dgate``, room for the gate's gradient, which it uses if it can.
+    """
+
+    forward: Forward
+    backward: Backward
+    checkpoint_steps: int
+    takes_dgate: bool = False
+
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? gate, "
     "Tensor? dt_bias, Tensor? state"
 )
 _COUNT = 9  # of the inputs
+_GATE = 6  # its place among them
 _GRADIENTS = (
     "Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dgate, "
     "Tensor ddt_bias, Tensor dstate"
 )
 
 
-def register(
-    name: str,
-    kernels: dict[str, tuple[Forward, Backward]],
-    checkpoint_shape: Callable[[int, int, int, int], Sequence[int]],
-) -> Scan:
+def checkpoint_steps(kernels: dict[str, Kernels], device: torch.device) -> int:
+    """Return the steps between two states that are saved on ``device``.
+
+    A device without kernels of its own, as that of meta tensors, is taken for the first.
+    """
+    first = next(iter(kernels.values()))
+    return kernels.get(device.type.upper(), first).checkpoint_steps
+
+
+def register(name: str, kernels: dict[str, Kernels]) -> Scan:
     """Register ``mambakit::{name}`` and ``mambakit::{name}_backward``; return the caller.
 
     ``kernels`` holds a forward and a backward kernel for each dispatch key. They never see an
-    empty batch or an empty sequence. ``checkpoint_shape(b, l, d, n)`` is the shape of what
-    the forward kernel saves for the backward kernel beside the inputs. The backward kernel
-    may leave gradients in the dtype they were summed in and with any strides, and gives
-    ``None`` for that of an absent input; the operator promises each in its input's dtype and
-    contiguous, as its fake kernel tells a compiler.
+    empty batch or an empty sequence. The backward kernel may leave gradients in the dtype they
+    were summed in and with any strides, and gives ``None`` for that of an absent input; the
+    operator promises each in its input's dtype and contiguous, as its fake kernel tells a
+    compiler. Its overload ``into`` writes the gate's gradient where ``dgate`` is.
 
     Between the kernels checkpoints lie flat: an axis whose size is 1 for short sequences and
     more for long ones would make a compiler trace both.
+
+    A call names the steps between two checkpoints, although its device settles them: compilers
+    keep what they compiled on disk, under what the call says, for later releases to find.
     """
     forward_name, backward_name = f"mambakit::{name}", f"mambakit::{name}_backward"
+    arriving = f"Tensor dy, Tensor? dlast, {_INPUTS}, Tensor checkpoints, bool dt_softplus"
     torch.library.define(
         forward_name,
-        f"({_INPUTS}, bool dt_softplus, bool save)"
+        f"({_INPUTS}, bool dt_softplus, int checkpoint_steps, bool save)"
         " -> (Tensor y, Tensor last, Tensor checkpoints)",
     )
+    torch.library.define(backward_name, f"({arriving}) -> ({_GRADIENTS})")
     torch.library.define(
-        backward_name,
-        f"(Tensor dy, Tensor? dlast, {_INPUTS}, Tensor checkpoints, bool dt_softplus)"
-        f" -> ({_GRADIENTS})",
+        f"{backward_name}.into",
+        f"({arriving}, *, Tensor(a!) dgate) -> ({_GRADIENTS.replace(' Tensor dgate,', '')})",
     )
     forward_op = getattr(torch.ops.mambakit, name).default
     backward_op = getattr(torch.ops.mambakit, f"{name}_backward").default
 
-    def outputs(x: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(x: Tensor, A: Tensor, steps: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         b, l, d = x.shape
         n = A.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
+        # of sizes that may be symbols, on which nothing must branch
+        saved = b * ((l + steps - 1) // steps) * d * n if save and steps else 0
         return (
             x.new_empty(b, l, d),
             x.new_empty((b, d, n), dtype=wide),
-            x.new_empty(math.prod(checkpoint_shape(b, l, d, n)) if save else 0, dtype=wide),
+            x.new_empty(saved, dtype=wide),
         )
 
     @torch.library.register_fake(forward_name)
     def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return outputs(x, A, rest[-1])
+        return outputs(x, A, *rest[-2:])
 
     @torch.library.register_fake(backward_name)
-    def _(dy: Tensor, dlast: Tensor | None, *rest: Any) -> list[Tensor]:
+    def fake_backward(dy: Tensor, dlast: Tensor | None, *rest: Any) -> list[Tensor]:
         inputs = rest[:_COUNT]
         return [dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
 
+    @torch.library.register_fake(f"{backward_name}.into")
+    def _(*arguments: Any, dgate: Tensor) -> list[Tensor]:
+        gradients = fake_backward(*arguments)
+        return gradients[:_GATE] + gradients[_GATE + 1 :]
+
     def forward_of_nothing(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        A, state, save = rest[1], rest[_COUNT - 2], rest[-1]
-        y, last, checkpoints = outputs(x, A, save)
+        A, state = rest[1], rest[_COUNT - 2]
+        y, last, checkpoints = outputs(x, A, *rest[-2:])
         return y, last.zero_() if state is None else last.copy_(state), checkpoints
 
     def backward_of_nothing(dlast: Tensor | None, *rest: Any) -> list[Tensor | None]:
@@ -94,34 +125,67 @@ def register(
             dstate.copy_(dlast)
         return gradients
 
-    for key, (forward, backward) in kernels.items():
-        # the defaults bind this turn's kernels
-        def run(x: Tensor, *rest: Any, forward: Forward = forward) -> tuple[Tensor, ...]:
+    def as_promised(
+        dy: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        return [
+            dy.new_empty(0) if t is None or g is None else g.to(t.dtype).contiguous()
+            for t, g in zip(inputs, gradients, strict=True)
+        ]
+
+    def implement(key: str, of: Kernels) -> None:
+        def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            *given, steps, save = rest
+            if save and steps != of.checkpoint_steps:
+                raise RuntimeError(
+                    f"selective_scan: {x.device.type} kernels keep a state every "
+                    f"{of.checkpoint_steps} steps, and this call was compiled by another "
+                    f"release, for {steps}"
+                )
             if x.numel() == 0:
                 return forward_of_nothing(x, *rest)
-            y, last, checkpoints = forward(x, *rest)
+            y, last, checkpoints = of.forward(x, *given, save)
             return y, last, checkpoints.view(-1)
 
-        def run_backward(
-            dy: Tensor, dlast: Tensor | None, *rest: Any, backward: Backward = backward
-        ) -> list[Tensor]:
-            chosen = (
-                backward(dy, dlast, *rest) if dy.numel() else backward_of_nothing(dlast, *rest)
+        def run_backward(dy: Tensor, dlast: Tensor | None, *rest: Any) -> list[Tensor]:
+            found = (
+                of.backward(dy, dlast, *rest)
+                if dy.numel()
+                else backward_of_nothing(dlast, *rest)
             )
-            return [
-                dy.new_empty(0) if t is None or g is None else g.to(t.dtype).contiguous()
-                for t, g in zip(rest, chosen, strict=False)
-            ]
+            return as_promised(dy, rest[:_COUNT], found)
+
+        def run_backward_into(
+            dy: Tensor, dlast: Tensor | None, *rest: Any, dgate: Tensor
+        ) -> list[Tensor]:
+            inputs = list(rest[:_COUNT])
+            room = {"dgate": dgate} if of.takes_dgate else {}
+            gradients = list(
+                of.backward(dy, dlast, *rest, **room)
+                if dy.numel()
+                else backward_of_nothing(dlast, *rest)
+            )
+            del inputs[_GATE]
+            found = gradients.pop(_GATE)
+            if found is not dgate and found is not None:
+                dgate.copy_(found)
+            return as_promised(dy, inputs, gradients)
 
         torch.library.impl(forward_name, key, run)
         torch.library.impl(backward_name, key, run_backward)
+        torch.library.impl(f"{backward_name}.into", key, run_backward_into)
+
+    for key, of in kernels.items():
+        implement(key, of)
 
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-            *inputs, dt_softplus, _ = arguments
+            *inputs, dt_softplus, _, _ = arguments
+            # not those of the call, which an older release may have exported
+            steps = checkpoint_steps(kernels, inputs[0].device)
             with torch._C._AutoDispatchBelowAutograd():
-                y, last, checkpoints = forward_op(*inputs, dt_softplus, True)
+                y, last, checkpoints = forward_op(*inputs, dt_softplus, steps, True)
             ctx.save_for_backward(*inputs, checkpoints)
             ctx.dt_softplus = dt_softplus
             ctx.mark_non_differentiable(checkpoints)
@@ -137,12 +201,13 @@ def register(
                 dy = torch.zeros_like(inputs[0])
             gradients = backward_op(dy, dlast, *inputs, checkpoints, ctx.dt_softplus)
             present = (None if t is None else g for t, g in zip(inputs, gradients, strict=True))
-            return *present, None, None
+            return *present, None, None, None
 
     @torch.library.impl(forward_name, "Autograd")
     def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         refuse_tangents("selective_scan", arguments)
         if torch.is_grad_enabled() and any_requires_grad(arguments):
+            refuse_transforms("selective_scan")
             return Gradient.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return forward_op(*arguments)
@@ -158,7 +223,8 @@ def register(
             return backward_op(*arguments)
 
     def scan(*arguments: Any) -> tuple[Tensor, Tensor]:
-        y, last, _ = forward_op(*arguments, False)
+        steps = checkpoint_steps(kernels, arguments[0].device)
+        y, last, _ = forward_op(*arguments, steps, False)
         return y, last
 
     return scan

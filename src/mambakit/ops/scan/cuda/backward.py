@@ -1,0 +1,359 @@
+"""Run the gradients of the selective scan on a CUDA GPU (``backward.cu``)."""
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _cuda
+from ..._cuda import Defines
+from ..cpu import Gradients
+from .operands import CHECKPOINT_STEPS, TYPES, Call, Operands, Rows, warp_channels
+
+SOURCE = Path(__file__).with_name("backward.cu")
+
+# As in backward.cu and common.cuh.
+_GROUP = 4
+_ROLES = 4
+_TENSORS = 8
+_PLACE_BYTES = 64
+
+# Up to so many sums of dB and dC at a step a block makes one pass over channels.
+_FEW_SUMS = 64
+_THREADS = 256  # of scan_join_back and scan_add
+
+# What a multiprocessor has for threads' registers, and what the kernel may take of them.
+_REGISTERS = 65536
+_REGISTERS_PER_THREAD = 168
+
+
+class _Arguments(ctypes.Structure):
+    # Arguments in backward.cu, field by field.
+    _fields_ = [
+        ("operands", Operands),
+        ("dy", Rows),
+        *((name, ctypes.c_void_p) for name in ("checkpoints", "dlast_state")),
+        *((name, Rows) for name in ("dx", "ddt", "dgate", "dB", "dC")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "dstate",
+                "token_parts",
+                "parts",
+                "dA",
+                "dD",
+                "ddt_bias",
+                "dB_constant",
+                "dC_constant",
+                "carries",
+                "dt_sums",
+            )
+        ),
+        *((name, ctypes.c_int64) for name in ("chunks", "chunk_steps", "columns", "passes")),
+    ]
+
+
+class Form(NamedTuple):
+    """How scan_backward is built: what depends on the operands' kinds and the GPU's memory."""
+
+    defines: Defines
+    walkers: int
+    blocks: int  # on a multiprocessor
+    shared_bytes: int
+    carry_warps: int
+    carry_bytes: int
+    sums: int  # of dB and dC at a step
+
+
+class Plan(NamedTuple):
+    """How the work is cut: chunks of how many steps, and passes of a block over channels."""
+
+    chunks: int
+    chunk_steps: int
+    passes: int
+
+
+def cut(chunks: int, l: int, passes: int = 1) -> Plan:
+    """Return the plan with at most that many chunks, each of whole checkpoints."""
+    steps = -(-l // (chunks * CHECKPOINT_STEPS)) * CHECKPOINT_STEPS
+    return Plan(-(-l // steps), steps, passes)
+
+
+def plan(b: int, l: int, d: int, n: int, groups: int, form: Form, multiprocessors: int) -> Plan:
+    """Choose how to cut the work, from its sizes, the kernel and the GPU's size.
+
+    The unit of time is one step of a full multiprocessor. What a block does before its first
+    tile, and what launching two more kernels costs, is about 40 such steps and 20.
+    """
+    slots = form.blocks * multiprocessors
+    side_by_side = b * groups * -(-(d // groups) // (form.walkers * warp_channels(n)))
+
+    def cost(chunks: int) -> float:
+        chosen = cut(chunks, l)
+        waves = -(-side_by_side * chosen.chunks // slots)
+        steps = waves * (chosen.chunk_steps + 40)
+        if chosen.chunks == 1:
+            return steps
+        carried = max(1.0, side_by_side * (chosen.chunks - 1) / slots)
+        return steps + 20 + 0.25 * carried * (chosen.chunk_steps + 40)
+
+    chunks = min(range(1, min(256, -(-l // CHECKPOINT_STEPS)) + 1), key=cost)
+
+    # With many states the parts of dB and dC that each block leaves are large, so a block takes
+    # as many sets of channels, one after another, as cost no time.
+    def blocks_in_turn(passes: int) -> int:
+        columns = -(-(d // groups) // (form.walkers * warp_channels(n) * passes))
+        return -(-b * groups * columns * cut(chunks, l).chunks // slots) * passes
+
+    passes = 1
+    if form.sums > _FEW_SUMS:
+        passes = min(range(16, 0, -1), key=blocks_in_turn)
+    return cut(chunks, l, passes)
+
+
+def backward(
+    dy: Tensor,
+    dlast_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    gate: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    checkpoints: Tensor,
+    dt_softplus: bool,
+    *,
+    dgate: Tensor | None = None,
+    plan: Plan | None = None,
+) -> Gradients:
+    """Return the gradient of each operand, in its own dtype, from what ``forward`` saved.
+
+    ``dgate`` is room for the gate's, which is used if the kernel can write there. ``plan`` says
+    how to cut the work, and ``None`` leaves that to ``plan()``. Two runs with the
+    same operands on the same GPU give the same bits. The kernels never see an empty batch or an
+    empty sequence.
+
+    Raises:
+        RuntimeError: The kernels cannot be compiled or run on this GPU.
+    """
+    dy, x, dt, B, C = (_within_reach(tensor) for tensor in (dy, x, dt, B, C))
+    gate = None if gate is None else _within_reach(gate)
+    call = Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus, dy)
+    b, l, d, n = call.sizes
+    g, scalar, device = call.groups, call.scalar, x.device.index
+    form = _form(call.defines, call.group_channels, *_cuda.shared_memory(device))
+    if plan is None:
+        plan = _plan(b, l, d, n, g, form, _cuda.multiprocessors(device))
+    columns = -(-call.group_channels // (form.walkers * warp_channels(n) * plan.passes))
+
+    dx = x.new_empty(b, l, d, dtype=call.stored_x)
+    ddt = x.new_empty(b, l, d, dtype=call.stored_dt)
+    if gate is None:
+        dgate = None
+    elif dgate is None or not _may_be_written(dgate, call.stored_x):
+        dgate = x.new_empty(b, l, d, dtype=call.stored_x)
+    dA, dD, ddt_bias = (x.new_empty(shape, dtype=scalar) for shape in ((d, n), d, d))
+    dB = x.new_empty(B.shape, dtype=scalar if B.ndim == 2 else call.stored_B)
+    dC = x.new_empty(C.shape, dtype=scalar if C.ndim == 2 else call.stored_B)
+    dstate = None if state is None else x.new_empty(b, d, n, dtype=scalar)
+    # of dA, dD, ddt_bias, and of dB and dC where they are constant
+    width = d * n * (1 + (B.ndim == 2) + (C.ndim == 2)) + 2 * d
+    parts = x.new_empty(b * plan.chunks, width, dtype=scalar)
+    token_parts = x.new_empty(g * columns, b, l, form.sums, dtype=scalar)
+
+    arguments = _Arguments(call.operands, call.dy)
+    arguments.checkpoints = call.scalars(checkpoints)
+    arguments.dlast_state = call.scalars(dlast_state)
+    arguments.dx, arguments.ddt = call.output(dx), call.output(ddt)
+    if dgate is not None:
+        arguments.dgate = Rows(dgate.data_ptr(), *dgate.stride()[:2], 0)
+    if B.ndim == 2:
+        arguments.dB_constant = dB.data_ptr()
+    else:
+        arguments.dB = _token_rows(dB)
+    if C.ndim == 2:
+        arguments.dC_constant = dC.data_ptr()
+    else:
+        arguments.dC = _token_rows(dC)
+    arguments.dA, arguments.dD = dA.data_ptr(), dD.data_ptr()
+    arguments.ddt_bias = ddt_bias.data_ptr()
+    arguments.dstate = None if dstate is None else dstate.data_ptr()
+    arguments.token_parts, arguments.parts = token_parts.data_ptr(), parts.data_ptr()
+    arguments.chunks, arguments.chunk_steps = plan.chunks, plan.chunk_steps
+    arguments.columns, arguments.passes = columns, plan.passes
+
+    def launch(entry: str, blocks: int, threads: int, shared_bytes: int = 0) -> None:
+        _cuda.kernel(SOURCE, entry, form.defines, device, shared_bytes).launch(
+            (blocks, 1, 1), threads, arguments, shared_bytes
+        )
+
+    if plan.chunks > 1:
+        carries = x.new_empty(b, plan.chunks, d, n, dtype=scalar)
+        dt_sums = x.new_empty(b, plan.chunks, d, dtype=scalar)
+        arguments.carries, arguments.dt_sums = carries.data_ptr(), dt_sums.data_ptr()
+        blocks = -(-call.group_channels // (form.carry_warps * warp_channels(n)))
+        blocks *= g * (plan.chunks - 1) * b
+        launch("scan_carries", blocks, form.carry_warps * 32, form.carry_bytes)
+        launch("scan_join_back", -(-b * d * n // _THREADS), _THREADS)
+    runners = max(1, form.walkers // 2)
+    launch(
+        "scan_backward",
+        columns * g * plan.chunks * b,
+        32 * (form.walkers + runners),
+        form.shared_bytes,
+    )
+    padded = 1 << (n - 1).bit_length()
+    items = g * b * l * form.sums // min(4, padded) + width
+    launch("scan_add", -(-items // _THREADS), _THREADS)
+
+    return Gradients(
+        dx.to(x.dtype),
+        ddt.to(dt.dtype),
+        dA.to(A.dtype),
+        dB.to(B.dtype),
+        dC.to(C.dtype),
+        None if D is None else dD.to(D.dtype),
+        None if gate is None or dgate is None else dgate.to(gate.dtype),
+        None if dt_bias is None else ddt_bias.to(dt_bias.dtype),
+        None if state is None or dstate is None else dstate.to(state.dtype),
+    )
+
+
+_plan = plan
+
+
+def _within_reach(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy if its rows lie farther apart than an int can tell."""
+    return tensor.contiguous() if tensor.stride(1) >= 2**31 else tensor
+
+
+def _may_be_written(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Say whether rows of the dtype are dense and start where 16 bytes may be stored."""
+    batch, time, channel = rows.stride()
+    starts = rows.data_ptr() | batch * rows.itemsize | time * rows.itemsize
+    return rows.dtype == dtype and channel == 1 and starts % 16 == 0 and time < 2**31
+
+
+def _token_rows(gradient: Tensor) -> Rows:
+    batch, time = gradient.stride()[:2]
+    return Rows(
+        gradient.data_ptr(), batch, time, gradient.stride(2) if gradient.ndim == 4 else 0
+    )
+
+
+_SIZES = {"float": 4, "bf16": 2, "fp16": 2, "double": 8}
+_forms: dict[tuple[Defines, int, int, int], Form] = {}
+
+
+def _form(defines: Defines, channels: int, block_bytes: int, bytes_in_all: int) -> Form:
+    """Return how the kernel is built for a group of so many channels."""
+    key = (defines, channels, block_bytes, bytes_in_all)
+    found = _forms.get(key)
+    if found is None:
+        found = _forms[key] = _choose(*key)
+    return found
+
+
+def _choose(defines: Defines, channels: int, block_bytes: int, bytes_in_all: int) -> Form:
+    """Choose the form in which most walkers are at work on a multiprocessor.
+
+    Shorter tiles are worth less: what is done once for a tile is done more often.
+    """
+    own = warp_channels(int(dict(defines)["STATES"]))
+    forms = []
+    for walkers in (8, 4, 2, 1):
+        if walkers > 1 and walkers * own >= 2 * channels:
+            continue  # half of them or more would have no channels
+        threads = 32 * (walkers + max(1, walkers // 2))
+        for buffers, tile, worth in ((2, 16, 1.0), (1, 16, 0.95), (1, 8, 0.75), (1, 4, 0.5)):
+            form = _build(defines, walkers, buffers, tile)
+            if max(form.shared_bytes, form.carry_bytes) > block_bytes:
+                continue
+            blocks = min(
+                bytes_in_all // (form.shared_bytes + 1024),
+                _REGISTERS // (threads * _REGISTERS_PER_THREAD),
+                8 // walkers,
+            )
+            blocks = max(1, blocks)
+            forms.append((worth * blocks * walkers, walkers, blocks, buffers, tile))
+    if not forms:
+        needed = _build(defines, 1, 1, 4).shared_bytes
+        raise RuntimeError(
+            f"selective_scan: the gradient of {dict(defines)['STATES']} states needs {needed} "
+            f"bytes of shared memory in a block, and this GPU has {block_bytes}"
+        )
+    _, walkers, blocks, buffers, tile = max(forms)
+    return _build(defines, walkers, buffers, tile, blocks)
+
+
+def _build(defines: Defines, walkers: int, buffers: int, tile: int, blocks: int = 1) -> Form:
+    given = dict(defines)
+    n = int(given["STATES"])
+    channels = warp_channels(n)
+    lanes = 64 // channels
+    padded = 1 << (n - 1).bit_length()
+    per_lane = padded // lanes
+    real = 8 if given["X_TYPE"] == "double" else 4
+    x, dt, B = (_SIZES[given[f"{k}_TYPE"]] for k in ("X", "DT", "COEFFICIENT"))
+    tokens = (given["CONSTANT_B"] == "0") + (given["CONSTANT_C"] == "0")
+    sums = tokens * padded
+    slots = CHECKPOINT_STEPS // tile // 2 + 1
+    over_states = _GROUP * sums <= 64 * per_lane
+    stride = 2 * channels + 2
+    own = (
+        slots * (tile // _GROUP) * 64 * per_lane * real
+        + (slots + 1) * tile * stride * real
+        + buffers * 3 * tile * channels * max(x, dt)
+        + (4 if over_states else tile * sums) * real
+        + 8 * (_TENSORS + 2)
+        + channels * real
+    )
+    own = -(-own // 16) * 16
+    copies = 1 if padded >= 64 or real > 4 else per_lane
+    copy = tile * padded + (padded if padded < 32 else 0)
+    coefficients = 2 * _ROLES * copies * copy * real if tokens else 4 * real
+    shared = -(-(walkers * own + _PLACE_BYTES + coefficients) // 16) * 16
+
+    own = tile * (2 * channels * (2 * x + dt) + stride * real)
+    shared_C = 2 * B * (tile * padded if given["CONSTANT_C"] == "0" else 16)
+    # four blocks on a multiprocessor, where that can be
+    carry_warps = next((w for w in (4, 2) if w * own + shared_C <= 56 * 1024), 1)
+    carry = -(-(carry_warps * own + shared_C) // 16) * 16
+    more = (
+        ("TILE", str(tile)),
+        ("WALKERS", str(walkers)),
+        ("STORED_BUFFERS", str(buffers)),
+        ("SEVERAL_PASSES", str(int(sums > _FEW_SUMS))),
+        ("BLOCKS", str(blocks)),
+        ("CARRY_WARPS", str(carry_warps)),
+        ("CARRY_BLOCKS", "4" if real == 4 else "1"),
+        ("SHARED_BYTES", str(shared)),
+        ("CARRY_BYTES", str(carry)),
+    )
+    return Form(defines + more, walkers, blocks, shared, carry_warps, carry, sums)
+
+
+def specialisations() -> Iterator[Defines]:
+    """Yield the defines of the kernels that a model is likely to ask for, by GPU."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for kilobytes, dtype, n in (
+        *((227, bf16, 16), (227, fp32, 16), (227, bf16, 1), (227, bf16, 64)),
+        *((163, bf16, 16), (99, bf16, 16)),
+    ):
+        kinds = (
+            ("STATES", str(n)),
+            *((f"{k}_TYPE", TYPES[dtype]) for k in ("X", "DT", "COEFFICIENT")),
+            ("SOFTPLUS", "1"),
+            ("GATE", "1"),
+            ("CONSTANT_B", "0"),
+            ("CONSTANT_C", "0"),
+            ("ALIGNED", "1"),
+            ("ALIGNED_COEFFICIENTS", str(int(n > 1))),
+        )
+        yield _choose(kinds, 2048, kilobytes * 1024, (kilobytes + 1) * 1024).defines

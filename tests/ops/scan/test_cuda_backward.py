@@ -1,0 +1,196 @@
+"""The backward CUDA kernels, on a GPU or on the emulator, against autograd in float64."""
+
+import pytest
+import torch
+
+from mambakit.ops import _cuda
+from mambakit.ops.scan import reference
+from mambakit.ops.scan.cuda import backward, forward
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state")
+
+
+@pytest.fixture
+def operands(draw, emulated):
+    """Draw a scan's operands in the order of NAMES, and gradients of its two results."""
+
+    def make(b, l, d, n, *, dtype=torch.float32, softplus=True, **options):
+        inputs = draw(b, l, d, n, dtype=dtype, **options)
+        if not softplus:
+            inputs |= {k: inputs[k].abs() for k in ("dt", "dt_bias") if k in inputs}
+        source = torch.Generator("cpu").manual_seed(2)
+        wide = torch.promote_types(dtype, torch.float32)
+        dy = torch.randn(b, l, d, generator=source, device="cpu").to(dtype)
+        dlast = torch.randn(b, d, n, generator=source, device="cpu").to(wide)
+        chosen = [inputs.get(name) for name in NAMES]
+        given = [None if t is None else t.to(emulated) for t in chosen]
+        return given, dy.to(emulated), dlast.to(emulated)
+
+    return make
+
+
+def by_autograd(given, dy, dlast, dtype, softplus=True):
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in given]
+    y, last = reference.scan(*leaves, softplus)
+    present = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad([y, last], present, [dy.to(dtype), dlast.to(last.dtype)]))
+    return {n: next(found) for n, t in zip(NAMES, leaves, strict=True) if t is not None}
+
+
+def by_kernel(given, dy, dlast, chunks=None, softplus=True, passes=1):
+    l = given[0].shape[1]
+    saved = forward.forward(*given, softplus, True)[2]
+    plan = None if chunks is None else backward.cut(chunks, l, passes)
+    found = backward.backward(dy, dlast, *given, saved.view(-1), softplus, plan=plan)
+    for gradient, tensor in zip(found, given, strict=True):
+        assert (gradient is None) == (tensor is None)
+        if tensor is not None:
+            assert gradient.shape == tensor.shape
+            assert gradient.dtype == tensor.dtype
+    return {n: t for n, t in zip(NAMES, found, strict=True) if t is not None}
+
+
+def assert_gradients(assert_near, found, wanted):
+    """Assert each gradient near, in the unit of its own root mean square."""
+    for name, exact in wanted.items():
+        unit = exact.square().mean().sqrt().clamp_min(1e-30)
+        assert_near((found[name].double() / unit).to(found[name].dtype), exact / unit, name)
+
+
+@pytest.mark.parametrize("chunks", [None, 1, 3])
+@pytest.mark.parametrize(
+    "shape", [(2, 197, 40, 16), (1, 16, 1, 16), (2, 1, 24, 16), (1, 65, 3, 16)], ids=str
+)
+def test_gradients_are_those_of_the_recurrence(operands, assert_near, shape, chunks):
+    case = operands(*shape)
+    assert_gradients(assert_near, by_kernel(*case, chunks), by_autograd(*case, torch.float64))
+
+
+@pytest.mark.parametrize(("start", "fits"), [(0, True), (24, True), (3, False)])
+def test_the_gates_gradient_goes_into_a_wider_tensor_if_it_is_aligned(operands, start, fits):
+    given, dy, dlast = operands(2, 70, 24, 16)
+    saved = forward.forward(*given, True, True)[2]
+    call = (dy, dlast, *given, saved.view(-1), True)
+    wide = torch.zeros(2, 70, 60).to(dy.device)
+    there = wide[..., start : start + 24]
+    found = backward.backward(*call, dgate=there)[6]
+    assert (found is there) == fits
+    assert torch.equal(found, backward.backward(*call)[6])
+    assert wide.count_nonzero() == (found.count_nonzero() if fits else 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 20, 32, 64, 128, 256])
+def test_any_number_of_states(operands, assert_near, n):
+    case = operands(2, 70, 12, n)
+    assert_gradients(assert_near, by_kernel(*case, 2), by_autograd(*case, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype(operands, assert_near, dtype):
+    case = operands(2, 70, 24, 16, dtype=dtype)
+    assert_gradients(assert_near, by_kernel(*case, 2), by_autograd(*case, torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("B", "C", "n"),
+    [("constant", "token", 16), ("token", "constant", 16), ("constant", "constant", 16),
+     ("grouped", "token", 16), ("token", "grouped", 16), ("grouped", "grouped", 16),
+     ("grouped", "token", 1), ("token", "constant", 64)],
+)  # fmt: skip
+def test_every_form_of_the_coefficients(operands, assert_near, B, C, n):
+    case = operands(2, 70, 36, n, B=B, C=C, g=3)
+    assert_gradients(assert_near, by_kernel(*case, 2), by_autograd(*case, torch.float64))
+
+
+@pytest.mark.parametrize("without", [("D", "gate"), ("dt_bias", "state")], ids=str)
+@pytest.mark.parametrize("softplus", [True, False])
+def test_every_option(operands, assert_near, without, softplus):
+    case = operands(1, 70, 24, 16, softplus=softplus, without=without)
+    assert_gradients(
+        assert_near,
+        by_kernel(*case, 2, softplus),
+        by_autograd(*case, torch.float64, softplus),
+    )
+
+
+def test_no_gradient_of_the_last_state_is_one_of_zeros(operands):
+    given, dy, dlast = operands(1, 70, 24, 16)
+    zeros, none = by_kernel(given, dy, dlast.zero_()), by_kernel(given, dy, None)
+    for name in NAMES:
+        assert torch.equal(zeros[name], none[name])
+
+
+def test_rows_may_lie_in_a_wider_tensor(operands):
+    given, dy, dlast = operands(2, 70, 24, 16)
+    within = list(given)
+    for k in (0, 1, 3, 4, 6):
+        wide = given[k].new_full((*given[k].shape[:-1], given[k].shape[-1] + 5), torch.nan)
+        wide[..., 3:-2] = given[k]
+        within[k] = wide[..., 3:-2]
+    found, wanted = by_kernel(within, dy, dlast), by_kernel(given, dy, dlast)
+    for name in NAMES:
+        assert torch.equal(found[name], wanted[name])
+
+
+def test_several_passes_over_channels_are_one(operands, assert_near):
+    case = operands(1, 70, 100, 64)
+    found, wanted = by_kernel(*case, 1, passes=2), by_kernel(*case, 1)
+    for name in NAMES:
+        assert_near(found[name], wanted[name])
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_two_runs_give_the_same_bits(operands, chunks):
+    case = operands(2, 140, 40, 16, dtype=torch.bfloat16)
+    first, second = by_kernel(*case, chunks), by_kernel(*case, chunks)
+    for name in NAMES:
+        assert torch.equal(first[name], second[name])
+
+
+def test_a_nan_stays_in_its_row(operands):
+    given, dy, dlast = operands(2, 70, 24, 16)
+    wanted = by_kernel(given, dy, dlast, 2)
+    dy = dy.clone()
+    dy[0, 30] = torch.nan
+    found = by_kernel(given, dy, dlast, 2)
+    for name in ("x", "dt", "B", "C", "gate", "state"):
+        assert torch.equal(found[name][1], wanted[name][1])
+        assert found[name][0].isnan().any()
+    for name in ("x", "dt", "B", "C", "gate"):
+        assert torch.equal(found[name][0, 31:], wanted[name][0, 31:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_that_of_eager(operands, emulated, dtype):
+    if dtype == torch.float32 and emulated.type == "cpu":
+        pytest.skip(
+            "the emulator's exp2 is as coarse as a GPU's may be, eager's on it is exact"
+        )
+    case = operands(2, 300, 40, 16, dtype=dtype)
+    exact, eager = by_autograd(*case, torch.float64), by_autograd(*case, dtype)
+    found = by_kernel(*case, 1)
+
+    def error(gradients, name):
+        return (gradients[name].double() - exact[name]).square().mean().sqrt().item()
+
+    for name in NAMES:
+        assert error(found, name) <= 2 * error(eager, name), name
+
+
+@pytest.mark.parametrize(("n", "kilobytes"), [(4, 99), (16, 99), (256, 163)])
+def test_a_gpu_with_less_shared_memory_gets_shorter_tiles(
+    operands, assert_near, monkeypatch, n, kilobytes
+):
+    bytes_of_block = kilobytes * 1024
+    monkeypatch.setattr(
+        _cuda, "shared_memory", lambda _: (bytes_of_block, bytes_of_block + 1024)
+    )
+    case = operands(1, 70, 12, n)
+    assert_gradients(assert_near, by_kernel(*case, 1), by_autograd(*case, torch.float64))
+
+
+def test_more_states_than_a_gpu_has_room_for_are_refused(operands, monkeypatch):
+    monkeypatch.setattr(_cuda, "shared_memory", lambda _: (48 * 1024, 64 * 1024))
+    case = operands(1, 5, 12, 256)
+    with pytest.raises(RuntimeError, match="256 states needs"):
+        by_kernel(*case)
