@@ -1,5 +1,9 @@
 """Laws of shards: the tokens are those of the text, and a shard is whole or not there."""
 
+import json
+import os
+import shutil
+
 import numpy as np
 import pytest
 
@@ -87,6 +91,13 @@ def test_a_text_that_the_tokenizer_cannot_read_is_named_and_leaves_nothing(docum
     assert list(cache.iterdir()) == []
 
 
+def test_a_separator_that_the_tokenizer_cannot_read_is_named(documents, tmp_path):
+    with pytest.raises(ValueError, match=r"^data: separator '\|': character tokenizer: .*'\|'"):
+        write_shard(
+            documents, CharacterTokenizer("first nésecond"), tmp_path / "cache", separator="|"
+        )
+
+
 def test_bytes_that_are_not_utf8_are_named_by_file_and_offset(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     documents = find_documents([str(tmp_path / "bad.txt")])
@@ -109,12 +120,47 @@ def test_no_text_is_refused(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_truncated_shard_is_refused_with_what_to_do(documents, tmp_path):
+def cut(data):
+    return data[:5]
+
+
+def one_bit(data):
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize("spoil", [cut, one_bit])
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.npy"])
+def test_a_shard_that_was_changed_is_refused_with_what_to_do(documents, tmp_path, name, spoil):
+    """Also one of the same size and time: a shared cache that is copied keeps neither."""
     cache = tmp_path / "cache"
     write_shard(documents, ByteTokenizer(), cache)
     (folder,) = cache.iterdir()
-    (folder / "tokens.bin").write_bytes(b"short")
-    with pytest.raises(RuntimeError, match=r"must hold 15 bytes, got 5: delete the folder"):
+    time = (folder / name).stat().st_mtime_ns
+    (folder / name).write_bytes(spoil((folder / name).read_bytes()))
+    os.utime(folder / name, ns=(time, time))
+    sentence = rf"{name} must be as it was written, got .*: delete the folder"
+    with pytest.raises(RuntimeError, match=sentence):
+        write_shard(documents, ByteTokenizer(), cache)
+    shutil.rmtree(folder)
+    assert bytes(write_shard(documents, ByteTokenizer(), cache).tokens).startswith(b"first")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tokens": 14}, "must describe the tokens beside it"),
+        ({"dtype": "<u2"}, "must describe the tokens beside it"),
+        ({"dtype": "<f4"}, "must describe the text, got another's"),
+        ({"digest": "0"}, "must describe the text, got another's"),
+        ({"sha256": None}, "must be whole, got one that is damaged"),
+    ],
+)
+def test_a_record_of_other_tokens_is_refused(documents, tmp_path, change, sentence):
+    cache = tmp_path / "cache"
+    write_shard(documents, ByteTokenizer(), cache)
+    (record,) = cache.glob("*/shard.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    with pytest.raises(RuntimeError, match=rf"shard\.json {sentence}.*: delete the folder"):
         write_shard(documents, ByteTokenizer(), cache)
 
 
@@ -124,26 +170,27 @@ def test_a_cache_that_cannot_be_written_is_refused(documents, tmp_path):
         write_shard(documents, ByteTokenizer(), tmp_path / "file" / "cache")
 
 
-@pytest.mark.parametrize("name", ["shard.json", "documents.npy"])
 @pytest.mark.parametrize("share", [0, 0.5])
-def test_a_damaged_record_is_refused_with_what_to_do(documents, tmp_path, name, share):
+def test_a_damaged_record_is_refused_with_what_to_do(documents, tmp_path, share):
     cache = tmp_path / "cache"
     write_shard(documents, ByteTokenizer(), cache)
-    (folder,) = cache.iterdir()
-    data = (folder / name).read_bytes()
-    (folder / name).write_bytes(data[: int(share * len(data))])
-    with pytest.raises(RuntimeError, match=rf"{name} must be whole.*: delete the f") as refusal:
+    (record,) = cache.glob("*/shard.json")
+    data = record.read_bytes()
+    record.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(
+        RuntimeError, match=r"shard\.json must be whole.*: delete the f"
+    ) as refusal:
         write_shard(documents, ByteTokenizer(), cache)
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["shard.json", "documents.npy"])
-def test_a_missing_record_is_named(documents, tmp_path, name):
+@pytest.mark.parametrize("name", ["shard.json", "tokens.bin", "documents.npy"])
+def test_a_missing_file_is_named(documents, tmp_path, name):
     cache = tmp_path / "cache"
     write_shard(documents, ByteTokenizer(), cache)
     (folder,) = cache.iterdir()
     (folder / name).unlink()
-    with pytest.raises(RuntimeError, match=f"{name} must be whole"):
+    with pytest.raises(RuntimeError, match=rf"{name}.*: delete the folder"):
         write_shard(documents, ByteTokenizer(), cache)
 
 

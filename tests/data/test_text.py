@@ -139,8 +139,47 @@ def test_parts_by_position_are_the_text_in_order(tmp_path_factory, texts, shares
 
 @pytest.mark.parametrize(
     ("place", "sentence"),
-    [("", "a path must not be empty"), ("~nobody-here/x", "must begin with a home folder")],
+    [
+        ("", "a path must be some text without NUL, got ''"),
+        ("a\0b", r"a path must be some text without NUL, got 'a\\x00b'"),
+        ("~nobody-here/x", "must begin with a home folder"),
+    ],
 )
 def test_paths_that_lead_nowhere_are_refused(place, sentence):
     with pytest.raises(ValueError, match=sentence):
         find_documents([place])
+
+
+@pytest.mark.parametrize("pattern", ["../*", "a/../../*", "/etc/*", "..", "", "."])
+def test_patterns_that_leave_the_folder_are_refused(tmp_path, pattern):
+    (tmp_path / "inside").mkdir()
+    write(tmp_path, secret_txt=b"not asked for")
+    write(tmp_path / "inside", a_txt=b"text")
+    with pytest.raises(ValueError, match="a pattern must name files below the folder, got"):
+        find_documents([str(tmp_path / "inside")], ["*.txt", pattern])
+
+
+def test_no_patterns_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="patterns must name at least one, got none"):
+        find_documents([str(tmp_path)], [])
+
+
+def test_a_pattern_that_pathlib_does_not_know_is_refused(tmp_path):
+    write(tmp_path, a_txt=b"text")
+    with pytest.raises(
+        ValueError, match=r"\*\* must be a whole part of a pattern, got '\*\*a'"
+    ):
+        find_documents([str(tmp_path)], ["**a"])
+
+
+def test_patterns_may_have_parts(tmp_path):
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    write(tmp_path / "x" / "y", a_txt=b"text")
+    for pattern in ("y/*", "**/y/*.txt", "x/**/a.txt", "./y/a.*"):
+        assert [d.name for d in find_documents([str(tmp_path)], [pattern])] == ["x/y/a.txt"]
+
+
+def test_what_can_be_read_only_once_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe must be a regular file or a folder"):
+        find_documents([str(tmp_path / "pipe")])

@@ -144,8 +144,19 @@ def test_a_lone_surrogate_is_refused():
         ByteTokenizer().encode("a\ud800")
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharacterTokenizer("ab")])
-@pytest.mark.parametrize("token", [-1, 256])
-def test_ids_that_there_are_not_are_refused(tokenizer, token):
-    with pytest.raises(ValueError, match=rf"tokenizer: ids must be in .*, got {token}"):
-        tokenizer.decode([token])
+@pytest.mark.parametrize("tokenizer", every(), ids=lambda t: t.name)
+@pytest.mark.parametrize("token", [-1, 300, 2**40])
+@pytest.mark.parametrize("decode", ["decode", "decode_bytes"])
+def test_ids_that_there_are_not_are_refused(tokenizer, token, decode):
+    sentence = rf"{tokenizer.name} tokenizer: ids must be in \[0, \d+\), got {token}$"
+    with pytest.raises(ValueError, match=sentence):
+        getattr(tokenizer, decode)([0, token])
+
+
+def test_a_token_outside_the_byte_alphabet_is_its_own_text():
+    definition = json.loads(trained())
+    definition["model"]["vocab"]["你"] = 300
+    tokenizer = JsonTokenizer(json.dumps(definition))
+    ids = [*tokenizer.encode("be").tolist(), 300]
+    assert tokenizer.decode(ids) == "be你"
+    assert tokenizer.decode_bytes(ids) == "be你".encode()

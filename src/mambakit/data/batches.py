@@ -1,5 +1,6 @@
 """Batches of tokens from one long text, in an order that a seed fixes and a resume keeps."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -40,34 +41,6 @@ class Batches(Protocol):
         ...
 
 
-def _check(kind: str, tokens: NDArray, batch_size: int, length: int, name: str) -> None:
-    for argument, value in (("batch_size", batch_size), ("length", length)):
-        if value < 1:
-            raise ValueError(f"{kind}: {argument} must be at least 1, got {value}")
-    # a batch of more windows than the text has would hold some of them several times
-    needed = batch_size * length + 1
-    if len(tokens) < needed:
-        rows = "windows" if kind == "PackedBatches" else "streams"
-        raise ValueError(
-            f"{kind}: the {name} text must hold {batch_size} {rows} of length {length} and one "
-            f"token more ({needed} tokens), got {len(tokens)}: reduce batch_size or length"
-        )
-
-
-def _check_place(kind: str, place: dict[str, int]) -> None:
-    if place.keys() != {"epoch", "position"} or min(place.values()) < 0:
-        raise ValueError(
-            f"{kind}: a place must be an epoch and a position, each at least 0, got {place}"
-        )
-
-
-def _check_position(kind: str, position: int, windows: int) -> None:
-    if position > windows:
-        raise ValueError(
-            f"{kind}: a place must lie within its epoch of {windows} windows, got {position}"
-        )
-
-
 def _gather(tokens: NDArray, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
     rows = np.empty((len(starts), length + 1), dtype=np.int64)
     for row, start in zip(rows, starts, strict=True):
@@ -76,7 +49,81 @@ def _gather(tokens: NDArray, starts: NDArray[np.int64], length: int) -> tuple[Te
     return whole[:, :-1], whole[:, 1:]
 
 
-class PackedBatches:
+class _Epochs(ABC):
+    """Batches whose place is an epoch and a position in it: what both kinds have in common.
+
+    The text of an epoch begins at an offset that ``(seed, epoch)`` alone decides, and so does
+    all else that is drawn for the epoch.
+    """
+
+    _rows: str
+    """What a row of a batch is called in errors."""
+
+    def __init__(
+        self,
+        tokens: NDArray,
+        *,
+        batch_size: int,
+        length: int,
+        seed: int,
+        name: str = "training",
+    ) -> None:
+        kind = type(self).__name__
+        for argument, value in (("batch_size", batch_size), ("length", length)):
+            if value < 1:
+                raise ValueError(f"{kind}: {argument} must be at least 1, got {value}")
+        # a batch of more windows than the text has would hold some of them several times
+        needed = batch_size * length + 1
+        if len(tokens) < needed:
+            raise ValueError(
+                f"{kind}: the {name} text must hold {batch_size} {self._rows} of length "
+                f"{length} and one token more ({needed} tokens), got {len(tokens)}: reduce "
+                "batch_size or length"
+            )
+        self._tokens, self._batch_size, self._length = tokens, batch_size, length
+        self._seed = seed
+        self._go_to(epoch=0, position=0)
+
+    def _go_to(self, epoch: int, position: int) -> None:
+        self._epoch, self._position = epoch, position
+        self._windows = self._draw(np.random.default_rng([self._seed, epoch]))
+
+    @abstractmethod
+    def _draw(self, random: np.random.Generator) -> int:
+        """Draw what the epoch needs, and say how many positions it has."""
+
+    def _draw_offset(self, random: np.random.Generator, rows: int) -> int:
+        """Draw where the text begins so that ``rows`` windows, and a target more, are left."""
+        spare = len(self._tokens) - 1 - rows * self._length
+        return int(random.integers(0, min(self._length, spare + 1)))
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the epoch and the number of windows taken from it."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, place: dict[str, int]) -> None:
+        """Go to a place that ``state_dict`` gave; text, sizes and seed must be the same.
+
+        Where batches continue, the model's state belongs to the place too, and the caller
+        keeps it.
+
+        Raises:
+            ValueError: There is no such place.
+        """
+        kind = type(self).__name__
+        if place.keys() != {"epoch", "position"} or min(place.values()) < 0:
+            raise ValueError(
+                f"{kind}: a place must be an epoch and a position, each at least 0, got {place}"
+            )
+        self._go_to(**place)
+        if self._position > self._windows:
+            raise ValueError(
+                f"{kind}: a place must lie within its epoch of {self._windows} windows, "
+                f"got {self._position}"
+            )
+
+
+class PackedBatches(_Epochs):
     """Draw windows from documents laid end to end, each window once in an epoch.
 
     In epoch ``e`` the text is cut into windows of ``length`` targets, starting at an offset
@@ -106,38 +153,20 @@ class PackedBatches:
         True
     """
 
-    def __init__(
-        self,
-        tokens: NDArray,
-        *,
-        batch_size: int,
-        length: int,
-        seed: int,
-        name: str = "training",
-    ) -> None:
-        _check("PackedBatches", tokens, batch_size, length, name)
-        self._tokens, self._batch_size, self._length, self._seed = (
-            tokens,
-            batch_size,
-            length,
-            seed,
-        )
-        self._go_to(epoch=0, position=0)
+    _rows = "windows"
 
-    def _go_to(self, epoch: int, position: int) -> None:
-        self._epoch, self._position = epoch, position
-        random = np.random.default_rng([self._seed, epoch])
-        spare = len(self._tokens) - 1 - self._length  # targets outside the first window
-        offset = int(random.integers(0, min(self._length, spare + 1)))
+    def _draw(self, random: np.random.Generator) -> int:
+        offset = self._draw_offset(random, rows=1)
         windows = (len(self._tokens) - 1 - offset) // self._length
         self._starts = offset + self._length * random.permutation(windows)
+        return windows
 
     def next(self) -> Batch:
         """Take the next batch; its rows never continue the one before."""
         starts: list[NDArray[np.int64]] = []
         missing = self._batch_size
         while missing:
-            if self._position == len(self._starts):
+            if self._position == self._windows:
                 self._go_to(self._epoch + 1, 0)
             taken = self._starts[self._position : self._position + missing]
             self._position += len(taken)
@@ -146,22 +175,8 @@ class PackedBatches:
         inputs, targets = _gather(self._tokens, np.concatenate(starts), self._length)
         return Batch(inputs, targets, fresh=True)
 
-    def state_dict(self) -> dict[str, int]:
-        """Give the epoch and the number of windows taken from it."""
-        return {"epoch": self._epoch, "position": self._position}
 
-    def load_state_dict(self, place: dict[str, int]) -> None:
-        """Go to a place that ``state_dict`` gave; text, sizes and seed must be the same.
-
-        Raises:
-            ValueError: There is no such place.
-        """
-        _check_place("PackedBatches", place)
-        self._go_to(place["epoch"], place["position"])
-        _check_position("PackedBatches", self._position, len(self._starts))
-
-
-class ContinuingBatches:
+class ContinuingBatches(_Epochs):
     """Read ``batch_size`` streams of one text side by side, each batch continuing the last.
 
     The text is cut into ``b`` streams of equal length, and step ``i`` gives every stream's
@@ -189,32 +204,13 @@ class ContinuingBatches:
         (True, False)
     """
 
-    def __init__(
-        self,
-        tokens: NDArray,
-        *,
-        batch_size: int,
-        length: int,
-        seed: int,
-        name: str = "training",
-    ) -> None:
-        _check("ContinuingBatches", tokens, batch_size, length, name)
-        self._tokens, self._batch_size, self._length, self._seed = (
-            tokens,
-            batch_size,
-            length,
-            seed,
-        )
-        self._go_to(epoch=0, position=0)
+    _rows = "streams"
 
-    def _go_to(self, epoch: int, position: int) -> None:
-        self._epoch, self._position = epoch, position
-        random = np.random.default_rng([self._seed, epoch])
-        spare = len(self._tokens) - 1 - self._batch_size * self._length
-        offset = int(random.integers(0, min(self._length, spare + 1)))
+    def _draw(self, random: np.random.Generator) -> int:
+        offset = self._draw_offset(random, rows=self._batch_size)
         stream = (len(self._tokens) - 1 - offset) // self._batch_size
-        self._windows = stream // self._length
         self._starts = offset + stream * np.arange(self._batch_size, dtype=np.int64)
+        return stream // self._length
 
     def next(self) -> Batch:
         """Take the next window of every stream."""
@@ -225,19 +221,3 @@ class ContinuingBatches:
         self._position += 1
         inputs, targets = _gather(self._tokens, starts, self._length)
         return Batch(inputs, targets, fresh)
-
-    def state_dict(self) -> dict[str, int]:
-        """Give the epoch and the number of windows taken from it."""
-        return {"epoch": self._epoch, "position": self._position}
-
-    def load_state_dict(self, place: dict[str, int]) -> None:
-        """Go to a place that ``state_dict`` gave; text, sizes and seed must be the same.
-
-        The model's state belongs to the place too, and the caller keeps it.
-
-        Raises:
-            ValueError: There is no such place.
-        """
-        _check_place("ContinuingBatches", place)
-        self._go_to(place["epoch"], place["position"])
-        _check_position("ContinuingBatches", self._position, self._windows)

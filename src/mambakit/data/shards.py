@@ -4,7 +4,12 @@ A shard is a folder:
 
     tokens.bin       the token ids, little-endian, in the narrowest unsigned type
     documents.npy    int64 (k + 1,): document i is tokens[documents[i] : documents[i + 1]]
-    shard.json       sizes, and the digest of the text and tokenizer it was made from
+    shard.json       sizes, the digest of the text and tokenizer it was made from, and those
+                     of the two files above
+
+Whoever opens a shard reads its files once and compares their digests: bits that rotted, or a
+stranger who wrote into a shared cache, would otherwise be learnt as text. The text itself is
+read and digested at every start too, which takes about as long.
 """
 
 import hashlib
@@ -22,6 +27,7 @@ from .text import Document
 from .tokenizers import Tokenizer
 
 _FORMAT = 1
+_TOKENS, _DOCUMENTS = _FILES = ("tokens.bin", "documents.npy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +82,13 @@ def encode_document(
     text = document.read() if tokenizer.reads_bytes else document.read_text()
     try:
         ids = tokenizer.encode(text)
-        if separator:
-            ids = np.concatenate([ids, tokenizer.encode(separator)])
     except ValueError as error:
         raise ValueError(f"{document.path}: {error}") from error
+    if separator:
+        try:
+            ids = np.concatenate([ids, tokenizer.encode(separator)])
+        except ValueError as error:
+            raise ValueError(f"data: separator {separator!r}: {error}") from error
     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
         raise ValueError(
             f"{document.path}: token ids must be below the vocabulary's size "
@@ -112,7 +121,8 @@ def write_shard(
     Raises:
         ValueError: There is no text, a file cannot be read, or the tokenizer cannot read
             it; the file is named.
-        RuntimeError: ``cache`` cannot be written, or holds a damaged shard.
+        RuntimeError: ``cache`` cannot be written, or holds a shard that is not as it was
+            written; the sentence says what to do.
     """
     digest = _digest(documents, tokenizer, separator)
     folder = cache / f"{name}-{digest[:16]}"
@@ -138,14 +148,14 @@ def _write(
 ) -> None:
     dtype = _narrowest(tokenizer.vocab_size)
     ends = [0]
-    with (folder / "tokens.bin").open("wb") as file:
+    with (folder / _TOKENS).open("wb") as file:
         for document in documents:
             ids = encode_document(document, tokenizer, separator)
             file.write(ids.astype(dtype).tobytes())
             ends.append(ends[-1] + len(ids))
     if ends[-1] == 0:
         raise ValueError(f"data: the {name} text must hold at least one token, got none")
-    np.save(folder / "documents.npy", np.array(ends, dtype=np.int64))
+    np.save(folder / _DOCUMENTS, np.array(ends, dtype=np.int64))
     record = {
         "format": _FORMAT,
         "digest": digest,
@@ -153,8 +163,14 @@ def _write(
         "tokens": ends[-1],
         "bytes": sum(d.size for d in documents) + len(documents) * len(separator.encode()),
         "tokenizer": tokenizer.name,
+        "sha256": {name: _file_digest(folder / name) for name in _FILES},
     }
     (folder / "shard.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_shard(folder: Path, digest: str, name: str) -> Shard:
@@ -163,27 +179,33 @@ def _open_shard(folder: Path, digest: str, name: str) -> Shard:
     try:
         record = json.loads(read_text(file, "token shard"))
         dtype, count, size = np.dtype(record["dtype"]), record["tokens"], record["bytes"]
-        whole = record["digest"] == digest and count > 0 and size > 0
+        digests = {name: record["sha256"][name] for name in _FILES}
+        ours = record["digest"] == digest and size > 0 and count > 0 and dtype.kind == "u"
     except (ValueError, KeyError, TypeError) as error:
         raise RuntimeError(
             f"data: {file} must be whole, got one that is damaged ({error!r}): {again}"
         ) from error
-    if not whole:
+    if not ours:
         raise RuntimeError(f"data: {file} must describe the text, got another's: {again}")
 
-    file = folder / "tokens.bin"
-    found = file.stat().st_size if file.exists() else 0
-    if found != count * dtype.itemsize:
+    for name_of_file, written in digests.items():
+        file = folder / name_of_file
+        try:
+            found = _file_digest(file)
+        except OSError as error:
+            raise RuntimeError(
+                f"data: cannot read {file}: {error.strerror or error}: {again}"
+            ) from error
+        if found != written:
+            raise RuntimeError(
+                f"data: {file} must be as it was written, got one that was changed or cut: "
+                f"{again}"
+            )
+    if (folder / _TOKENS).stat().st_size != count * dtype.itemsize:
         raise RuntimeError(
-            f"data: {file} must hold {count * dtype.itemsize} bytes, got {found}: {again}"
+            f"data: {folder / 'shard.json'} must describe the tokens beside it, got another "
+            f"number or type of them: {again}"
         )
-    tokens = np.memmap(file, dtype=dtype, mode="r", shape=(count,))
-
-    file = folder / "documents.npy"
-    try:
-        documents = np.load(file)
-    except (OSError, ValueError, EOFError) as error:
-        raise RuntimeError(f"data: {file} must be whole, got: {error}: {again}") from error
-    if documents.ndim != 1 or not len(documents) or documents[-1] != count:
-        raise RuntimeError(f"data: {file} must end at token {count}, got another end: {again}")
+    tokens = np.memmap(folder / _TOKENS, dtype=dtype, mode="r")
+    documents = np.load(folder / _DOCUMENTS)
     return Shard(tokens=tokens, documents=documents, bytes=size, digest=digest, name=name)

@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 
@@ -96,14 +96,22 @@ def expand(place: str) -> Path:
     """Make a path of ``place``, whose ``~`` or ``~name`` becomes the home folder.
 
     Raises:
-        ValueError: There is no such home folder, or ``place`` is empty.
+        ValueError: There is no such home folder, or ``place`` is no path.
     """
-    if not place:
-        raise ValueError("data: a path must not be empty, got ''")
+    if not place or "\0" in place:
+        raise ValueError(f"data: a path must be some text without NUL, got {place!r}")
     try:
         return Path(place).expanduser()
     except RuntimeError as error:
         raise ValueError(f"data: {place} must begin with a home folder, got none") from error
+
+
+def _check_pattern(pattern: str) -> None:
+    path = PurePath(pattern)
+    if not path.name or path.anchor or ".." in path.parts:
+        raise ValueError(f"data: a pattern must name files below the folder, got {pattern!r}")
+    if any("**" in part and part != "**" for part in path.parts):
+        raise ValueError(f"data: ** must be a whole part of a pattern, got {pattern!r}")
 
 
 def find_documents(
@@ -117,8 +125,13 @@ def find_documents(
         patterns: Which files of a folder count.
 
     Raises:
-        ValueError: A place does not exist, holds no such file, or has no text in it.
+        ValueError: A place does not exist, holds no such file, or has no text in it; or a
+            pattern is none, or leaves the folder.
     """
+    if not patterns:
+        raise ValueError("data: patterns must name at least one, got none")
+    for pattern in patterns:
+        _check_pattern(pattern)
     documents: list[Document] = []
     for place in places:
         path = expand(place)
@@ -139,6 +152,8 @@ def find_documents(
                 raise ValueError(f"data: the pattern {place} must match a file, got none")
             common = Path(os.path.commonpath([p.parent for p in paths]))
             found = list(_below(common, paths))
+        elif path.exists():  # a pipe, say: text is read more than once
+            raise ValueError(f"data: {place} must be a regular file or a folder")
         else:
             raise ValueError(f"data: there is no file or folder {place}")
         documents.extend(found)

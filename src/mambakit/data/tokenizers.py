@@ -228,17 +228,19 @@ class JsonTokenizer:
         return np.array(encoding.ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
+        _check_ids(ids, self.vocab_size, self.name)
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         if self._bytes is None:
             return self.decode(ids).encode("utf-8")
+        _check_ids(ids, self.vocab_size, self.name)
         pieces = []
         for i in ids:
             token = self._tokenizer.id_to_token(int(i))
             if token is None:  # a gap of the vocabulary decodes to nothing, as in decode
                 continue
-            if i in self._special:
+            if i in self._special or any(c not in self._bytes for c in token):
                 pieces.append(token.encode("utf-8"))
             else:
                 pieces.append(bytes(self._bytes[c] for c in token))

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -44,5 +45,7 @@ class Interrupts:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # the file descriptor itself: a handler may not enter a print that it interrupted
-        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
+        # The file descriptor itself: a handler may not enter a print that it interrupted. Who
+        # would read it may be gone (the same Ctrl-C ends `2>&1 | tee`): no reason not to save.
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")

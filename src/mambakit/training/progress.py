@@ -58,7 +58,7 @@ class Progress:
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
-            if sys.stderr.isatty()
+            if sys.stderr is not None and sys.stderr.isatty()
             else None
         )
         self._last_line = self._began = time.monotonic()

@@ -60,7 +60,11 @@ def _make_writable(folder: Path) -> None:
 
 @contextmanager
 def new_run_folder(folder: Path) -> Iterator[None]:
-    """Make ``folder`` for a new run; if the block that prepares the run fails, remove it.
+    """Make ``folder`` for a new run, and leave nothing of it if there is nothing to keep.
+
+    The block prepares the run and makes it. If it fails before the run has a line of metrics or
+    a checkpoint (a step needs more memory than there is, say), the way is free for another try.
+    Only a run that began and was interrupted by a person is left to be resumed.
 
     Raises:
         ValueError: ``folder`` is a file, or holds a run or anything else.
@@ -71,10 +75,19 @@ def new_run_folder(folder: Path) -> Iterator[None]:
     _make_writable(folder)
     try:
         yield
-    except BaseException:
-        if not was_there:
-            shutil.rmtree(folder)
+    except BaseException as error:
+        begun = (folder / CONFIG).exists()
+        if not (begun and (isinstance(error, KeyboardInterrupt) or _has_results(folder))):
+            (folder / CONFIG).unlink(missing_ok=True)  # first: without it there is no run
+            (folder / METRICS).unlink(missing_ok=True)
+            if not was_there:
+                shutil.rmtree(folder)
         raise
+
+
+def _has_results(folder: Path) -> bool:
+    metrics = folder / METRICS
+    return bool(checkpoint_steps(folder)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def write_start(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
