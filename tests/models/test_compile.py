@@ -19,7 +19,9 @@ def model():
 
 
 def draw(l, b=2):
-    return torch.randint(20, (b, l), generator=torch.Generator().manual_seed(l))
+    source = torch.Generator().manual_seed(l)
+    tokens = torch.randint(20, (b, l), generator=source, device="cpu")
+    return tokens.to(torch.get_default_device())
 
 
 class Counter:

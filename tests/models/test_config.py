@@ -29,6 +29,8 @@ def test_it_is_a_value():
 def test_a_dictionary_and_back():
     config = MambaConfig(**SMALL, dt_rank=5, tie_embeddings=False, norm_eps=1e-6)
     assert MambaConfig.from_dict(config.to_dict()) == config
+    normed = dataclasses.replace(config, selection_norm_eps=1e-6)
+    assert MambaConfig.from_dict(normed.to_dict()) == normed != config
 
 
 def test_published_sizes_take_changes():
@@ -46,6 +48,12 @@ def test_published_sizes_take_changes():
         ({"dt_rank": "many"}, 'dt_rank must be a whole number of at least 1 or "auto"'),
         ({"tie_embeddings": 1}, "tie_embeddings must be true or false, got 1"),
         ({"norm_eps": 0.0}, r"norm_eps must be a positive, finite number, got 0\.0"),
+        (
+            {"selection_norm_eps": 0},
+            "selection_norm_eps must be a positive, finite number, got 0",
+        ),
+        ({"selection_norm_eps": "no"}, "selection_norm_eps must be a positive, finite number"),
+        ({"norm_eps": None}, "norm_eps must be a positive, finite number, got None"),
         ({"dt_min": float("nan")}, "dt_min must be a positive, finite number, got nan"),
         ({"dt_max": float("inf")}, "dt_max must be a positive, finite number, got inf"),
         ({"d_model": 2**31}, r"d_model must be below 2\*\*31, got 2147483648"),

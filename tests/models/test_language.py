@@ -18,7 +18,9 @@ def make(seed=0, dtype=None, **changes):
 
 
 def draw(b=2, l=10, v=21, seed=1):
-    return torch.randint(v, (b, l), generator=torch.Generator().manual_seed(seed))
+    source = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(v, (b, l), generator=source, device="cpu")
+    return tokens.to(torch.get_default_device())
 
 
 @pytest.mark.parametrize(

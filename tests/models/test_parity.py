@@ -16,7 +16,7 @@ def their_name(name):
 
 
 @pytest.fixture(scope="module")
-def peer():
+def peer(chosen_device):
     """Transformers' model with random weights of a trained model's spread."""
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(
@@ -30,7 +30,7 @@ def peer():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    return model.to(chosen_device)
 
 
 def ours(peer, backend):
@@ -44,7 +44,9 @@ def ours(peer, backend):
 
 @pytest.fixture
 def tokens():
-    return torch.randint(CONFIG.vocab_size, (2, 70), generator=torch.Generator().manual_seed(1))
+    source = torch.Generator().manual_seed(1)
+    tokens = torch.randint(CONFIG.vocab_size, (2, 70), generator=source, device="cpu")
+    return tokens.to(torch.get_default_device())
 
 
 def loss_of(logits, tokens):
@@ -53,7 +55,7 @@ def loss_of(logits, tokens):
 
 @pytest.mark.parametrize("backend", ["reference", "parallel", "fused"])
 def test_logits_loss_and_every_gradient_agree(peer, tokens, backend):
-    if backend == "fused" and (why := why_not_fused(torch.device("cpu"))):
+    if backend == "fused" and (why := why_not_fused("Mamba", torch.get_default_device())):
         pytest.skip(why)
     model = ours(peer, backend)
     peer.zero_grad()

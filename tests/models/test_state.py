@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 from mambakit import MambaConfig, MambaLM
 from mambakit.models import ModelState
+from mambakit.models.state_file import write_layers
 
 CONFIG = MambaConfig(d_model=8, n_layer=2, vocab_size=20, d_state=4)
 
@@ -78,3 +81,174 @@ def test_it_is_a_pytree(state):
     doubled = pytree.tree_unflatten([2 * leaf for leaf in leaves], structure)
     assert isinstance(doubled, ModelState)
     assert_close(doubled.layers[1].ssm, 2 * state.layers[1].ssm)
+
+
+@pytest.mark.parametrize("index", [[0], [2, -1, 0], [], [0, 0, 0, 0]])
+def test_a_list_gathers_rows_that_own_their_memory(state, index):
+    taken = state[index]
+    for part, whole in zip(tensors(taken), tensors(state), strict=True):
+        assert_close(part, whole[index], rtol=0, atol=0)
+    assert 3 * taken.nbytes == len(index) * state.nbytes
+
+
+@pytest.mark.parametrize("index", [[0, 3], [-4], [True], [1.5], 1.5])
+def test_lists_of_rows_that_are_not_there_are_refused(state, index):
+    with pytest.raises(IndexError, match="of 3 does not exist"):
+        state[index]
+
+
+@pytest.mark.parametrize(
+    ("index", "places"),
+    [
+        (1, [1]),
+        (-1, [2]),
+        (slice(0, 2), [0, 1]),
+        ([2, 0], [2, 0]),
+        (torch.tensor([2, 0]), [2, 0]),
+        (torch.tensor([True, False, True]), [0, 2]),
+    ],
+)
+def test_rows_can_be_put_in_their_place(state, index, places):
+    other = MambaLM(CONFIG)(torch.randint(20, (len(places), 5))).state
+    before = [tensor.clone() for tensor in tensors(state)]
+    for put, old, new in zip(
+        tensors(state.with_rows(index, other)), tensors(state), tensors(other), strict=True
+    ):
+        expected = old.clone()
+        expected[places] = new
+        assert_close(put, expected, rtol=0, atol=0)
+    for now, then in zip(tensors(state), before, strict=True):
+        assert_close(now, then, rtol=0, atol=0)
+
+
+def test_rows_put_into_forks_leave_the_other_forks_alone(state):
+    forks = state[0].fork(3).with_rows([1], state[2])
+    for fork, whole in zip(tensors(forks), tensors(state), strict=True):
+        assert_close(fork, whole[[0, 2, 0]], rtol=0, atol=0)
+
+
+def test_gradients_go_through_gathering_putting_and_forking(state):
+    forks = ModelState.cat([state[0].fork(2), state[[1]]]).with_rows([1], state[2])
+    (gradient,) = torch.autograd.grad(
+        sum(part.sum() for part in tensors(forks)), state.layers[0].ssm
+    )
+    assert gradient[:, 0, 0].tolist() == [1, 1, 1]
+
+
+def test_states_lie_side_by_side(state):
+    whole = ModelState.cat([state[2], state[0:2]])
+    for part, old in zip(tensors(whole), tensors(state), strict=True):
+        assert_close(part, old[[2, 0, 1]], rtol=0, atol=0)
+
+
+def test_a_thousand_forks_hold_the_memory_of_one(state):
+    one = state[[1]]
+    forks = one.fork(1000)
+    assert (len(forks), forks.nbytes) == (1000, one.nbytes)
+    for fork, old in zip(tensors(forks), tensors(one), strict=True):
+        assert_close(fork, old.expand(1000, -1, -1), rtol=0, atol=0)
+
+
+def test_forks_go_on_each_for_itself():
+    model = MambaLM(CONFIG)
+    prefix, ends = torch.randint(20, (1, 5)), torch.randint(20, (4, 3))
+    read = model(prefix).state
+    forks = model(ends, read.fork(4))
+    whole = model(torch.cat([prefix.expand(4, -1), ends], dim=1))
+    assert_close(forks.logits, whole.logits[:, 5:])
+    assert forks.state.nbytes == 4 * read.nbytes
+    assert_close(model(prefix).state.layers[0].ssm, read.layers[0].ssm, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda s: s.fork(2), r"fork: the state must be of one sequence, got 3: choose one"),
+        (lambda s: s[0].fork(0), "fork: k must be a whole number of at least 1, got 0"),
+        (lambda s: s.with_rows([0, 1], s), "with_rows: other .* each place, 2, got 3"),
+        (lambda s: s.with_rows([0], s.to(dtype=torch.float16)[0]), "of one model, dtype and"),
+        (lambda _: ModelState.cat([]), "cat: states must be at least one, got none"),
+        (
+            lambda s: ModelState.cat([s, ModelState(s.layers[:1])]),
+            r"got 2 layers.* and 1 layer",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(state, operation, message):
+    with pytest.raises(ValueError, match=message):
+        operation(state)
+
+
+class TestFiles:
+    def test_a_state_comes_back_bit_for_bit(self, state, tmp_path):
+        for kind in (state, state.to(dtype=torch.bfloat16), state[1:], state[0].fork(2)):
+            kind.save(tmp_path / "state")
+            again = ModelState.load(tmp_path / "state", device=None, config=CONFIG)
+            for new, old in zip(tensors(again), tensors(kind), strict=True):
+                assert new.dtype == old.dtype
+                assert_close(new, old.detach(), rtol=0, atol=0)
+        assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+    def test_a_state_without_a_convolution_too(self, tmp_path):
+        config = dataclasses.replace(CONFIG, d_conv=1)
+        state = MambaLM(config)(torch.randint(20, (2, 5))).state
+        state.save(tmp_path / "state")
+        again = ModelState.load(tmp_path / "state", device=None, config=config)
+        assert again.layers[0].conv.shape == (2, 16, 0)
+        assert_close(again.layers[1].ssm, state.layers[1].ssm)
+
+    @pytest.mark.parametrize("change", [{"n_layer": 3}, {"d_model": 16}, {"d_state": 8}])
+    def test_a_state_of_another_model_is_refused(self, state, tmp_path, change):
+        state.save(tmp_path / "state")
+        other = dataclasses.replace(CONFIG, **change)
+        with pytest.raises(
+            ValueError, match=r"a model with n_layer .*, got one of a model with"
+        ):
+            ModelState.load(tmp_path / "state", config=other)
+
+    def test_a_file_is_whole_or_the_old_one(self, state, tmp_path):
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(RuntimeError, match=r"cannot write .*folder"):
+            state.save(tmp_path / "folder")
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def test_files_that_hold_no_state_are_refused(self, state, tmp_path):
+        path = tmp_path / "state"
+        with pytest.raises(ValueError, match="load: there is no file"):
+            ModelState.load(path)
+        state.save(path)
+        data = path.read_bytes()
+        for spoilt in (b"", data[:-9], b"\xff" * 99):
+            path.write_bytes(spoilt)
+            with pytest.raises(ValueError, match="truncated or damaged"):
+                ModelState.load(path)
+        save_file({"a": torch.zeros(2)}, path)
+        with pytest.raises(ValueError, match="another kind of file"):
+            ModelState.load(path)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"layers.1.conv": None},
+            {"layers.1.ssm": torch.zeros(3, 16, 5)},
+            {"layers.0.conv": torch.zeros(2, 16, 3), "layers.1.conv": torch.zeros(2, 16, 3)},
+            {"layers.0.ssm": torch.zeros(3)},
+        ],
+    )
+    def test_tensors_that_do_not_fit_together_are_refused(self, state, tmp_path, change):
+        path = tmp_path / "state"
+        state.save(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            whole = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        whole = {
+            name: tensor for name, tensor in (whole | change).items() if tensor is not None
+        }
+        save_file(whole, path, metadata)
+        with pytest.raises(ValueError, match="must hold the layers' states of n_layer 2, d_"):
+            ModelState.load(path)
+
+    def test_tensors_that_nobody_expects_are_refused(self, state, tmp_path):
+        write_layers(tmp_path / "state", state.layers, {"unread": torch.zeros(3, 1)})
+        with pytest.raises(ValueError, match="must hold a state alone, got unread too"):
+            ModelState.load(tmp_path / "state")

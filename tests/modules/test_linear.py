@@ -26,7 +26,8 @@ def make(rows, dtype, *, bias=True, weight_dtype=None):
 
 
 def gradients(y, layer, x):
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    source = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=source, device="cpu").to(y)
     return torch.autograd.grad(y, (x, *layer.parameters()), dy)
 
 
@@ -36,7 +37,8 @@ def exact(layer, x, dtype):
     wide = torch.nn.Linear(24, 40, bias=layer.bias is not None, dtype=torch.float64)
     wide.load_state_dict(layer.state_dict())
     y = wide(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    source = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=source, device="cpu").to(y.device, dtype)
     return y, torch.autograd.grad(y, (x, *wide.parameters()), dy.double())
 
 
@@ -93,7 +95,7 @@ def test_under_autocast_dtypes_are_torchs_own(able, stream):
     layer, x = make(64, stream, weight_dtype=torch.float32)
     plain = torch.nn.Linear(24, 40)
     plain.load_state_dict(layer.state_dict())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y, expected = layer(x), plain(x)
         inside = gradients(y, layer, x)
         y, expected = layer(x), plain(x)
@@ -109,7 +111,7 @@ def test_under_autocast_dtypes_are_torchs_own(able, stream):
 
 def test_autocast_leaves_float64_alone(able):
     layer, x = make(64, torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert layer(x).dtype == torch.float64
 
 

@@ -19,7 +19,9 @@ def make(m=6, *, dtype=torch.float64, seed=0, **sizes):
 
 
 def draw(b=2, l=9, m=6, dtype=torch.float64, seed=1):
-    return torch.randn(b, l, m, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    source = torch.Generator().manual_seed(seed)
+    u = torch.randn(b, l, m, dtype=dtype, generator=source, device="cpu")
+    return u.to(torch.get_default_device())
 
 
 def by_hand(mixer, u):
@@ -195,7 +197,7 @@ def test_bfloat16_is_close_to_float32_of_the_same_weights():
 
 def test_autocast_keeps_the_state_in_float32():
     mixer = make(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y, state = mixer(draw(dtype=torch.float32))
     assert (y.dtype, state.ssm.dtype) == (torch.bfloat16, torch.float32)
 

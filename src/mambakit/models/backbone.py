@@ -67,6 +67,7 @@ class Backbone(nn.Module):
             config.dt_rank,
             bias=config.bias,
             conv_bias=config.conv_bias,
+            selection_norm_eps=config.selection_norm_eps,
             dt_min=config.dt_min,
             dt_max=config.dt_max,
             dt_init_floor=config.dt_init_floor,

@@ -38,6 +38,8 @@ class MambaConfig:
         norm_eps: ``eps`` of every RMSNorm.
         bias: Whether the mixers' ``in_proj`` and ``out_proj`` have a bias.
         conv_bias: Whether the convolutions have a bias.
+        selection_norm_eps: ``eps`` of FalconMamba's norms of the low-rank step, ``B`` and
+            ``C``, which have no gain; ``None`` is a model without these norms.
         dt_min: Smallest step at initialisation.
         dt_max: Largest step at initialisation.
         dt_init_floor: Steps drawn below it are raised to it.
@@ -66,6 +68,7 @@ class MambaConfig:
     norm_eps: float = 1e-5
     bias: bool = False
     conv_bias: bool = True
+    selection_norm_eps: float | None = None
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     dt_init_floor: float = 1e-4
@@ -85,8 +88,10 @@ class MambaConfig:
                 raise ValueError(
                     f"MambaConfig: {name} must be true or false, got {getattr(self, name)!r}"
                 )
-        for name in ("norm_eps", "dt_min", "dt_max", "dt_init_floor"):
+        for name in ("norm_eps", "selection_norm_eps", "dt_min", "dt_max", "dt_init_floor"):
             value = getattr(self, name)
+            if value is None and name == "selection_norm_eps":
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 < value < math.inf:
                 raise ValueError(
@@ -135,8 +140,8 @@ class MambaConfig:
         multiple = self.pad_vocab_size_multiple
         return math.ceil(self.vocab_size / multiple) * multiple
 
-    def to_dict(self) -> dict[str, int | float | bool | str]:
-        """Return all attributes by name: numbers, booleans and strings only."""
+    def to_dict(self) -> dict[str, int | float | bool | str | None]:
+        """Return all attributes by name: numbers, booleans, strings and ``None`` only."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -1,6 +1,7 @@
 """The language model: a backbone and a layer that scores the next token."""
 
-from typing import Any, NamedTuple
+import os
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -108,3 +109,66 @@ class MambaLM(nn.Module):
         from mambakit.generation import generate
 
         return generate(self, tokens, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: Backend = "auto",
+        local_files_only: bool = False,
+    ) -> "MambaLM":
+        """Read a published model, or one of our own, from a folder or from the Hub.
+
+        Args:
+            path_or_id: A folder that ``save_pretrained``, transformers' Mamba or FalconMamba,
+                or the authors' ``mamba_ssm`` wrote; or the Hub id of such a model, for instance
+                ``"state-spaces/mamba-130m"``, which needs ``pip install 'mambakit[hub]'``.
+            revision: Branch, tag or commit on the Hub; ``None`` means its main branch.
+            device: Where the parameters go; ``None`` means torch's default.
+            dtype: Dtype to convert them to; ``None`` keeps that of the file. Each mixer's
+                ``A_log``, ``D`` and the bias of its ``dt_proj`` have at least float32.
+            backend: As in ``MambaLM``.
+            local_files_only: Take Hub models from the cache and never ask the network.
+
+        Raises:
+            ValueError: No folder or repository has that name, or what it holds is no model of
+                this package: another architecture, a damaged file, tensors that are missing,
+                unexpected, or of another shape or dtype, all of which are listed.
+            RuntimeError: The Hub cannot be reached or does not let you in.
+
+        Example:
+            >>> MambaLM.from_pretrained("no/such/folder")
+            Traceback (most recent call last):
+            ...
+            ValueError: from_pretrained: there is no folder no/such/folder
+        """
+        from .checkpoint import load
+        from .hub import locate
+
+        folder = locate(path_or_id, revision=revision, local_files_only=local_files_only)
+        return load(folder, device, dtype, backend=backend)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        layout: Literal["mambakit", "hf", "mamba_ssm"] = "mambakit",
+    ) -> None:
+        """Write the model to ``folder``, as ``mambakit.models.save`` says.
+
+        Example:
+            >>> import tempfile
+            >>> model = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=32))
+            >>> folder = tempfile.mkdtemp()
+            >>> model.save_pretrained(folder, layout="mamba_ssm")
+            >>> again = MambaLM.from_pretrained(folder)
+            >>> torch.equal(again.lm_head.weight, model.lm_head.weight)
+            True
+        """
+        from .checkpoint import save
+
+        save(self, folder, layout=layout)

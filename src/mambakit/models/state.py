@@ -1,11 +1,18 @@
 """What a model remembers between two calls, as a value."""
 
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from mambakit.modules import MixerState
+
+from .config import MambaConfig
+from .state_file import read_layers, write_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,7 +21,9 @@ class ModelState:
 
     A state never changes: each call of a model returns a new one, and the old one may be used
     again, to try another continuation from the same place. Its size does not grow with the
-    sequences. It is a pytree, so ``torch.compile`` and ``torch.export`` take it.
+    sequences, which makes it a prefix cache of a few megabytes: read a long text once, keep or
+    save its state, and fork it into as many continuations as are wanted. It is a pytree, so
+    ``torch.compile`` and ``torch.export`` take it.
 
     Attributes:
         layers: One state for each layer, in order; sequences lie along the first axis of each
@@ -36,20 +45,110 @@ class ModelState:
         """Return the number of sequences."""
         return self.layers[0].ssm.shape[0]
 
-    def __getitem__(self, index: int | slice | Tensor) -> "ModelState":
-        """Return the state of some sequences: one, a slice, or those a tensor of indices names.
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "ModelState":
+        """Return the state of some sequences: one, a slice, or what a list or tensor names.
 
-        The batch axis stays, also for one sequence.
+        The batch axis stays, also for one sequence. A list or a tensor gathers: a sequence may
+        be named several times, and the result owns its memory. One number and a slice give a
+        view, which keeps the memory of all sequences.
 
         Raises:
             IndexError: There is no such sequence.
         """
-        if isinstance(index, int):
-            count = len(self)
-            if not -count <= index < count:
-                raise IndexError(f"ModelState: sequence {index} of {count} does not exist")
-            index = slice(index % count, index % count + 1)
+        index = self._rows(index)
         return type(self)(tuple(layer.rows(index) for layer in self.layers))
+
+    def with_rows(
+        self, index: int | slice | Sequence[int] | Tensor, other: "ModelState"
+    ) -> "ModelState":
+        """Return this state with ``other``'s sequences in the places that ``index`` names.
+
+        Raises:
+            IndexError: There is no such sequence.
+            ValueError: ``other`` is of a model of other sizes, or has more or fewer sequences
+                than there are places.
+
+        Example:
+            >>> from mambakit import MambaConfig, MambaLM
+            >>> model = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=32))
+            >>> state = model(torch.randint(32, (3, 10))).state
+            >>> swapped = state.with_rows([0, 2], state[[2, 0]])
+            >>> torch.equal(swapped.layers[0].ssm, state[[2, 1, 0]].layers[0].ssm)
+            True
+        """
+        _require_alike("with_rows", [self, other])
+        index = self._rows(index)
+        places = len(torch.empty(len(self), device=self._device)[index])
+        if len(other) != places:
+            raise ValueError(
+                f"with_rows: other must hold one sequence for each place, {places}, "
+                f"got {len(other)}"
+            )
+
+        def put(old: Tensor, new: Tensor) -> Tensor:
+            whole = old.clone(memory_format=torch.contiguous_format)
+            whole[index] = new
+            return whole
+
+        return type(self)(
+            tuple(
+                MixerState(*map(put, old, new))
+                for old, new in zip(self.layers, other.layers, strict=True)
+            )
+        )
+
+    @classmethod
+    def cat(cls, states: Sequence["ModelState"]) -> "ModelState":
+        """Lay states of one model side by side, as one batch of all their sequences.
+
+        Raises:
+            ValueError: There are none, or they are of models of different sizes.
+
+        Example:
+            >>> from mambakit import MambaConfig, MambaLM
+            >>> model = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=32))
+            >>> short = model(torch.tensor([[1, 2]])).state
+            >>> long = model(torch.tensor([[3, 4, 5, 6]])).state
+            >>> model(torch.tensor([[7], [8]]), ModelState.cat([short, long])).logits.shape
+            torch.Size([2, 1, 32])
+        """
+        _require_alike("cat", states)
+        return cls(
+            tuple(
+                MixerState(*map(torch.cat, zip(*layers, strict=True)))
+                for layers in zip(*(state.layers for state in states), strict=True)
+            )
+        )
+
+    def fork(self, k: int) -> "ModelState":
+        """Return ``k`` sequences that all go on from this one.
+
+        They share this state's memory: a thousand forks take no more than one. The model's next
+        call gives each its own state, as always.
+
+        Raises:
+            ValueError: The state is not of one sequence, or ``k`` is less than 1.
+
+        Example:
+            >>> from mambakit import MambaConfig, MambaLM
+            >>> model = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=32))
+            >>> prefix = model(torch.tensor([[1, 2, 3]])).state
+            >>> forks = prefix.fork(1000)
+            >>> len(forks), forks.nbytes == prefix.nbytes
+            (1000, True)
+        """
+        if not _is_whole(k) or k < 1:
+            raise ValueError(f"fork: k must be a whole number of at least 1, got {k!r}")
+        if len(self) != 1:
+            raise ValueError(
+                f"fork: the state must be of one sequence, got {len(self)}: "
+                "choose one with state[i]"
+            )
+        return type(self)(
+            tuple(
+                MixerState(*(part.expand(k, -1, -1) for part in layer)) for layer in self.layers
+            )
+        )
 
     def detach(self) -> "ModelState":
         """Return the same numbers, cut off from the graph: truncated backpropagation's cut."""
@@ -57,7 +156,6 @@ class ModelState:
 
     def to(
         self,
-        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "ModelState":
@@ -69,8 +167,103 @@ class ModelState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all tensors of the state take."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+        """Bytes of memory that the state holds.
+
+        What is shared counts once, and what is a view of larger memory keeps all of that.
+        """
+        memory = [part.untyped_storage() for layer in self.layers for part in layer]
+        return sum({one._cdata: one.nbytes() for one in memory}.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a safetensors file, whole or not at all.
+
+        Forks are written one by one: of a forked state, save the one it came from.
+
+        Raises:
+            RuntimeError: The file cannot be written; the message says why.
+
+        Example:
+            >>> import tempfile
+            >>> from mambakit import MambaConfig, MambaLM
+            >>> model = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=32))
+            >>> state = model(torch.tensor([[1, 2, 3]])).state
+            >>> path = tempfile.mkdtemp() + "/prefix.safetensors"
+            >>> state.save(path)
+            >>> again = ModelState.load(path, config=model.config)
+            >>> torch.equal(again.layers[0].ssm, state.layers[0].ssm)
+            True
+        """
+        write_layers(path, self.layers)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = "cpu",
+        config: MambaConfig | None = None,
+    ) -> "ModelState":
+        """Read a state that ``save`` wrote.
+
+        Args:
+            path: The file.
+            device: Where the state goes; ``None`` means torch's default.
+            config: That of the model that is to go on from it. The sizes must be equal; whether
+                the weights are those that made the state, no file can tell.
+
+        Raises:
+            ValueError: The file is missing, damaged or holds something else, or its state is of
+                a model of other sizes than ``config``.
+        """
+        layers, extra = read_layers(path, device, config)
+        if extra:
+            raise ValueError(
+                f"load: {path} must hold a state alone, got {', '.join(sorted(extra))} too: "
+                "it is a bookmark of mambakit.generation"
+            )
+        return cls(layers)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.layers[0].ssm.device
+
+    def _rows(self, index: int | slice | Sequence[int] | Tensor) -> slice | Tensor:
+        if isinstance(index, slice | Tensor):
+            return index
+        count = len(self)
+        rows = list(index) if isinstance(index, Iterable) else [index]
+        for row in rows:
+            if not _is_whole(row) or not -count <= row < count:
+                raise IndexError(f"ModelState: sequence {row!r} of {count} does not exist")
+        if isinstance(index, Iterable):
+            return torch.tensor(rows, dtype=torch.int64, device=self._device)
+        return slice(index % count, index % count + 1)
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _require_alike(operation: str, states: Sequence[ModelState]) -> None:
+    if not states:
+        raise ValueError(f"{operation}: states must be at least one, got none")
+    kinds = [
+        [(part.shape[1:], part.dtype, part.device) for layer in state.layers for part in layer]
+        for state in states
+    ]
+    for kind in kinds[1:]:
+        if kind != kinds[0]:
+            raise ValueError(
+                f"{operation}: states must be of one model, dtype and device, "
+                f"got {_kind(kinds[0])} and {_kind(kind)}"
+            )
+
+
+def _kind(kind: list[tuple[torch.Size, torch.dtype, torch.device]]) -> str:
+    shapes = ", ".join(
+        f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype, _ in kind[:2]
+    )
+    return f"{len(kind) // 2} layers of {shapes} on {kind[0][2]}"
 
 
 torch.export.register_dataclass(ModelState, serialized_type_name="mambakit.ModelState")

@@ -5,13 +5,16 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambakit.ops import causal_conv1d, selective_scan
-from mambakit.ops._backends import Backend
+from mambakit.ops._backends import Backend, resolve
+from mambakit.ops._shapes import check_floats
 
 from ._parameters import at_least_float32, exempt_from_decay
+from ._recompute import mix
 from .linear import Linear, linear
 
 
@@ -86,6 +89,12 @@ class StepProjection(Linear):
         return super()._apply(at_least_float32(fn, (self.bias,)), recurse)
 
 
+def _divide_by_rms(x: Float[Tensor, "*batch k"], eps: float) -> Float[Tensor, "*batch k"]:
+    """Return each vector at root mean square 1, computed in at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
+
+
 class Mamba(nn.Module):
     """Mix a sequence along time by a state space that selects what it keeps.
 
@@ -104,6 +113,8 @@ class Mamba(nn.Module):
         dt_rank: Rank ``r`` of the step's projection; ``"auto"`` is ``ceil(d_model / 16)``.
         bias: Whether ``in_proj`` and ``out_proj`` have a bias.
         conv_bias: Whether the convolution has a bias.
+        selection_norm_eps: ``eps`` of FalconMamba's norms: ``dt_low``, ``B`` and ``C`` are each
+            divided by their root mean square, without a gain; ``None``: they are not.
         dt_min: Smallest step at initialisation.
         dt_max: Largest step at initialisation.
         dt_init_floor: Steps drawn below it are raised to it.
@@ -116,17 +127,22 @@ class Mamba(nn.Module):
     ``dt_proj`` as ``StepProjection`` says); ``conv1d`` only holds the convolution's weights.
     ``A_log``, ``D`` and all biases carry the mark ``_no_weight_decay``.
 
+    On a GPU the backward pass makes the convolution's output and the step again, which costs
+    less than to keep them. That takes ``x_proj`` and ``dt_proj`` as they were made: one that is
+    replaced or hooked is called as a module, and its results are kept.
+
     At first ``A_log = log(1..n)`` in each channel, ``D = 1``, ``dt_proj.weight`` is uniform
     within ``r**-0.5``, and its bias is such that the step is log-uniform in
     ``[dt_min, dt_max]`` where ``dt_raw = 0``. The other weights have PyTorch's own
     distributions, and biases of projections are zero.
 
     Raises:
-        ValueError: A size is less than 1, ``d_state`` exceeds 256, or the steps are not
-            ``0 < dt_min <= dt_max`` and ``0 < dt_init_floor``.
+        ValueError: A size is less than 1, ``d_state`` exceeds 256, ``selection_norm_eps`` is
+            not positive, or the steps are not ``0 < dt_min <= dt_max`` and
+            ``0 < dt_init_floor``.
 
     Source: Gu and Dao, "Mamba", 2023, section 3.4 and algorithm 2; initialisation as in the
-    authors' code, section 3.6 and appendix E.
+    authors' code, section 3.6 and appendix E. The norms: Zuo et al., "Falcon Mamba", 2024.
 
     Example:
         >>> mixer = Mamba(16)
@@ -148,6 +164,7 @@ class Mamba(nn.Module):
         *,
         bias: bool = False,
         conv_bias: bool = True,
+        selection_norm_eps: float | None = None,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         dt_init_floor: float = 1e-4,
@@ -172,10 +189,15 @@ class Mamba(nn.Module):
             )
         if dt_init_floor <= 0:
             raise ValueError(f"Mamba: dt_init_floor must be positive, got {dt_init_floor}")
+        if selection_norm_eps is not None and selection_norm_eps <= 0:
+            raise ValueError(
+                f"Mamba: selection_norm_eps must be positive, got {selection_norm_eps}"
+            )
 
         d = expand * d_model
         self.d_state = d_state
         self.dt_rank = rank
+        self.selection_norm_eps = selection_norm_eps
         self.backend: Backend = backend
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
@@ -231,18 +253,30 @@ class Mamba(nn.Module):
             ValueError: ``x`` or ``state`` has other sizes than the module or than each other.
             RuntimeError: The backend that was named cannot run on the device of ``x``.
         """
+        xz = self.in_proj(x)
         before = (None, None) if state is None else state
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        if self._recomputes(xz):
+            y, conv, ssm = self._mix_lean(xz, *before)
+        else:
+            y, conv, ssm = self._mix(xz, *before)
+        return self.out_proj(y), MixerState(conv, ssm)
+
+    def _mix(
+        self, xz: Tensor, conv: Tensor | None, ssm: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        u, z = xz.chunk(2, dim=-1)
         u, conv = causal_conv1d(
             u,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             activation="silu",
-            state=before[0],
+            state=conv,
             backend=self.backend,
         )
         n = self.d_state
         dt_low, B, C = self.x_proj(u).split((self.dt_rank, n, n), dim=-1)
+        if self.selection_norm_eps is not None:
+            dt_low, B, C = (_divide_by_rms(v, self.selection_norm_eps) for v in (dt_low, B, C))
         y, ssm = selective_scan(
             u,
             self.dt_proj(dt_low),
@@ -253,10 +287,57 @@ class Mamba(nn.Module):
             gate=z,
             dt_bias=self.dt_proj.bias,
             dt_softplus=True,
-            state=before[1],
+            state=ssm,
             backend=self.backend,
         )
-        return self.out_proj(y), MixerState(conv, ssm)
+        return y, conv, ssm
+
+    def _recomputes(self, xz: Tensor) -> bool:
+        """Say whether the backward pass is better made to recompute, as ``_recompute`` does.
+
+        Only where arithmetic is cheap beside memory, and where the two projections between
+        are this module's own, so that their weights are all there is to them.
+        """
+        return (
+            xz.device.type == "cuda"
+            and torch.is_grad_enabled()
+            and self.selection_norm_eps is None
+            and _is_plain(self.x_proj, Linear)
+            and _is_plain(self.dt_proj, StepProjection)
+            and resolve("Mamba", self.backend, xz.device) == "fused"
+        )
+
+    def _mix_lean(
+        self, xz: Tensor, conv: Tensor | None, ssm: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        check_floats("Mamba", x=xz, conv=conv, ssm=ssm)
+        b, d, w = xz.shape[0], *self.conv1d.weight.shape[::2]
+        for name, part, size in (("conv", conv, w - 1), ("ssm", ssm, self.d_state)):
+            if part is not None and part.shape != (b, d, size):
+                raise ValueError(
+                    f"Mamba: state must have {name} of shape ({b}, {d}, {size}), "
+                    f"got {tuple(part.shape)}"
+                )
+        return mix(
+            xz,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight.to(xz.dtype),
+            self.dt_proj.weight.to(xz.dtype),
+            -torch.exp(self.A_log),
+            self.D,
+            self.dt_proj.bias,
+            conv,
+            ssm,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Mamba":
         return super()._apply(at_least_float32(fn, (self.A_log, self.D)), recurse)
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    hooks = (
+        module._forward_pre_hooks, module._forward_hooks,
+        module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
+    return type(module) is kind and not any(hooks)
