@@ -32,8 +32,8 @@ class FmaPeak:
 
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
-        self._lanes = _LANES.get(torch.backends.cpu.get_cpu_capability(), 4)
-        self._run = _compile(self._lanes).fma_chains
+        self._lanes = _vector_lanes()
+        self._run = build(_SOURCE).fma_chains
         self._run.argtypes = [ctypes.c_int64]
         self._run.restype = ctypes.c_float
         self._pool = ThreadPoolExecutor(self.threads)
@@ -52,7 +52,12 @@ class FmaPeak:
         return elements * slots / rate
 
 
-def _compile(lanes: int) -> ctypes.CDLL:
+def _vector_lanes() -> int:
+    return _LANES.get(torch.backends.cpu.get_cpu_capability(), 4)
+
+
+def build(source: Path) -> ctypes.CDLL:
+    """Compile a C file for this processor; it is told LANES, the floats of a vector."""
     asked = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
     compiler = next(filter(None, map(shutil.which, asked)), None)
     if compiler is None:
@@ -61,8 +66,9 @@ def _compile(lanes: int) -> ctypes.CDLL:
         )
     flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "fma_peak.so"
+        library = Path(folder) / f"{source.stem}.so"
         subprocess.run(
-            [compiler, *flags, f"-DLANES={lanes}", str(_SOURCE), "-o", str(library)], check=True
+            [compiler, *flags, f"-DLANES={_vector_lanes()}", str(source), "-o", str(library)],
+            check=True,
         )
         return ctypes.CDLL(str(library))

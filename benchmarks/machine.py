@@ -14,6 +14,7 @@ from mambakit.modules._hardware import in_hardware
 from mambakit.ops import _native
 
 _PACKAGES = ("torch", "mambakit", "transformers", "mambapy")
+_GPU_PACKAGES = ("torch", "triton", "cuda-bindings", "mambakit", "transformers", "mamba_ssm")
 _ROOT = Path(__file__).parent.parent
 
 
@@ -34,12 +35,35 @@ def describe() -> dict[str, object]:
     }
 
 
+def describe_gpu() -> dict[str, object]:
+    """Return the GPU that torch computes on, versions, commit and date."""
+    properties = torch.cuda.get_device_properties()
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _GPU_PACKAGES},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def gpu_slug() -> str:
+    """Return a folder name for the GPU."""
+    return _slug(torch.cuda.get_device_name())
+
+
 def slug() -> str:
     """Return a folder name for this device."""
     # Virtual machines of one processor differ in what they are let see of it.
     bf16 = "with bf16" if in_hardware(torch.bfloat16, torch.device("cpu")) else ""
-    name = f"{cpu_name()} {torch.get_num_threads()} threads {bf16}".lower()
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return _slug(f"{cpu_name()} {torch.get_num_threads()} threads {bf16}")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def busy() -> float:

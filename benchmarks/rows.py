@@ -74,6 +74,20 @@ def write(rows: Iterable[Row], file: Path) -> None:
     os.replace(temporary, file)
 
 
+def merge(file: Path, measured: Iterable[Row]) -> list[Row]:
+    """Return the rows of ``file``, if there is one, with those measured in their places.
+
+    A case is replaced as a whole, for its rows belong to one process; a new one comes last.
+    """
+    cases: dict[str, list[Row]] = {}
+    fresh: dict[str, list[Row]] = {}
+    for row in read(file) if file.exists() else ():
+        cases.setdefault(row.case, []).append(row)
+    for row in measured:
+        fresh.setdefault(row.case, []).append(row)
+    return [row for case in (cases | fresh).values() for row in case]
+
+
 def read(file: Path) -> list[Row]:
     """Return the rows of ``file``."""
     rows = []

@@ -112,9 +112,77 @@ def demo(cases: Cases) -> Table:
     return _reached(cases)
 
 
+def gpu_scan(cases: Cases) -> Table:
+    """Show the scan on a GPU beside its floor and mamba_ssm, in time and in peak memory."""
+    table: Table = [("case", "fused", "fused / floor", "mamba_ssm", "mamba_ssm / fused")]
+    for name, case in cases.items():
+        ours, peer, least = case["fused"], case.get("mamba_ssm"), case.get("floor")
+        above = _times(ours, least) if least else "-"
+        table.append((name, _quantity(ours), above, _quantity(peer), _times(peer, ours)))
+    return table
+
+
+def gpu_conv(cases: Cases) -> Table:
+    """Show the convolution on a GPU beside its floor, the compiler's form and its peer."""
+    peers = ("compiled shifts", "causal_conv1d")
+    table: Table = [("case", "fused", "fused / floor", *peers, "best of them / fused")]
+    for name, case in cases.items():
+        best = min((case[k] for k in peers if k in case), key=lambda row: row.median)
+        columns = [_quantity(case.get(k)) for k in peers]
+        above = _times(case["fused"], case["floor"])
+        table.append(
+            (name, _quantity(case["fused"]), above, *columns, _times(best, case["fused"]))
+        )
+    return table
+
+
+def gpu_training_step(cases: Cases) -> Table:
+    """Show tokens a second and peak memory, beside a Llama and mamba_ssm."""
+    peers = ("Llama, compiled", "mamba_ssm")
+    table: Table = [("case", "mambakit", *(k for p in peers for k in (p, "mambakit / it")))]
+    for name, case in cases.items():
+        line = [name, _quantity(case["mambakit"])]
+        for peer in peers:
+            # of times the peer's is above ours, of memory ours above the peer's
+            pair = (case.get(peer), case["mambakit"])
+            above, below = pair if case["mambakit"].tokens else pair[::-1]
+            line += [_quantity(case.get(peer)), _times(above, below) if below else "-"]
+        table.append(tuple(line))
+    return table
+
+
+def gpu_figure8(cases: Cases) -> Table:
+    """Show the scan beside attention."""
+    peers = ("cuDNN attention", "flash attention")
+    table: Table = [("case", "scan", *peers, "cuDNN attention / scan")]
+    for name, case in cases.items():
+        columns = [_quantity(case.get(k)) for k in ("scan", *peers)]
+        table.append((name, *columns, _times(case.get(peers[0]), case["scan"])))
+    return table
+
+
+def gpu_million(cases: Cases) -> Table:
+    """Show what a long sequence takes."""
+    table: Table = [("case", "mambakit", "")]
+    table += [
+        (name, f"{row.median:.3g} {row.unit}", row.note)
+        for name, case in cases.items()
+        for row in case.values()
+    ]
+    return table
+
+
+def gpu_first_call(cases: Cases) -> Table:
+    """Show how long a process waits for its kernels."""
+    return gpu_million(cases)
+
+
 TABLES: dict[str, Callable[[Cases], Table]] = {
     table.__name__: table
-    for table in (scan, conv, prefill, training_step, parity, memory, shakespeare, demo)
+    for table in (
+        *(scan, conv, prefill, training_step, parity, memory, shakespeare, demo),
+        *(gpu_scan, gpu_conv, gpu_training_step, gpu_figure8, gpu_million, gpu_first_call),
+    )
 }
 
 
@@ -128,6 +196,8 @@ def summary(results: dict[str, Cases]) -> Table:
         "memory": _memory_claims,
         "shakespeare": _recipe_claims,
         "demo": _recipe_claims,
+        "gpu_scan": _gpu_scan_claims,
+        "gpu_training_step": _gpu_step_claims,
     }
     present = (of(results[name]) for name, of in claims.items() if name in results)
     return [("what", "mambakit", "beside it"), *itertools.chain.from_iterable(present)]
@@ -176,6 +246,31 @@ def _recipe_claims(cases: Cases) -> Table:
     ]
 
 
+def _gpu_scan_claims(cases: Cases) -> Table:
+    table: Table = []
+    for name in ("forward", "forward + backward"):
+        case = cases.get(f"{name}, (b, d, l, n) = (8, 2048, 2048, 16), bf16", {})
+        if "fused" in case and "floor" in case:
+            ours, least = case["fused"], case["floor"]
+            beside = f"its floor {_milliseconds(least)}: {_times(ours, least)}"
+            table.append(
+                (f"selective scan {name}, 8 x 2048 x 2048", _milliseconds(ours), beside)
+            )
+    return table
+
+
+def _gpu_step_claims(cases: Cases) -> Table:
+    table: Table = []
+    for name, case in cases.items():
+        ours, theirs = case["mambakit"], case.get("Llama, compiled")
+        if theirs is None:
+            continue
+        ratio = _times(theirs, ours) if ours.tokens else _times(ours, theirs)
+        beside = f"compiled Llama {_quantity(theirs)}: {ratio}"
+        table.append((f"training, {name}", _quantity(ours), beside))
+    return table
+
+
 def render(results: Path) -> dict[str, str]:
     """Return each table's Markdown, over all devices that have rows."""
     blocks: dict[str, str] = {}
@@ -212,6 +307,12 @@ def _caption(rows: list[Row]) -> str:
     def values(key: str) -> str:
         return " and ".join(sorted({str(row.machine[key]) for row in rows}))
 
+    if all("multiprocessors" in row.machine for row in rows):
+        return (
+            f"{values('device')}; torch {values('torch')}, CUDA {values('cuda')}, "
+            f"transformers {values('transformers')}; commit {values('commit')}, "
+            f"{values('date')}.\n\n"
+        )
     kernels = " and ".join(sorted({row.machine["isa"]["mambakit"] for row in rows}))
     kept = any(row.machine.get("freed_memory_kept") for row in rows)
     has_bf16 = all(row.machine["isa"]["bf16_instructions"] for row in rows)
@@ -255,6 +356,12 @@ def _rate(row: Row) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _quantity(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return _rate(row) if row.tokens else f"{row.median:.3g} {row.unit}"
 
 
 def _milliseconds(row: Row | None) -> str:

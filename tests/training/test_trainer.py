@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mambakit.models import MambaLM
+from mambakit.ops import _backends
 from mambakit.training import Interrupted, load_run, parse_config, resume, train, trainer
 from mambakit.training.config import dump_config, load_config
 from mambakit.training.resume import checkpoint_folder, checkpoint_steps, read_run_state
@@ -90,6 +92,28 @@ def test_a_run_learns_and_writes_its_folder(tables, tmp_path):
     }
     assert any("fp32" in line and "kernels" in line for line in said)
     assert list(folder.rglob("*.tmp")) == []
+
+
+@pytest.mark.parametrize(
+    ("why_not_cuda", "why_not_triton", "line"),
+    [
+        (None, None, "fused kernels"),
+        (
+            "install a compiler",
+            None,
+            (
+                "Triton's kernels for the scan and plain PyTorch for the rest, "
+                "slower than the CUDA kernels (install a compiler)"
+            ),
+        ),
+        ("it is old", "too old", "plain PyTorch kernels (it is old; too old)"),
+    ],
+)
+def test_the_kernels_of_a_gpu_are_named(monkeypatch, why_not_cuda, why_not_triton, line):
+    monkeypatch.setattr(_backends, "_why_not_cuda", lambda index: why_not_cuda)
+    monkeypatch.setattr(_backends, "_why_not_triton", lambda kind, index: why_not_triton)
+    machine = trainer.Machine(torch.device("cuda", 0), None, "as asked")
+    assert trainer._kernels(machine) == line
 
 
 def test_the_picture_is_drawn_where_matplotlib_is(config, tmp_path):
@@ -546,3 +570,65 @@ def test_a_matplotlib_that_cannot_be_imported_is_left_out(config, tmp_path, monk
     said = []
     train(config, tmp_path / "run", say=said.append)
     assert any("matplotlib cannot be imported" in line for line in said[:4])
+
+
+def one_step(config, tmp_path, **changes):
+    """Loss, gradient norm and weights after one update, and the state that it leaves."""
+    config = with_training(config, steps=1, learning_rate=1e-2, **changes)
+    corpus = trainer.prepare_corpus(config.data, config.tokenizer, tmp_path)
+    machine = trainer.resolve_machine("cpu", config.training.precision)
+    learner = trainer.Learner(
+        trainer._make_model(config, corpus, machine),
+        trainer.make_batches(config.training, corpus.train),
+        config.training,
+        machine,
+    )
+    numbers = learner.step(1e-2)
+    return numbers, learner.model.state_dict(), learner.state
+
+
+@pytest.mark.parametrize("batches", ["packed", "continuing"])
+def test_chunks_change_what_is_in_memory_and_nothing_else(config, tmp_path, batches):
+    changes = {"batches": batches, "accumulate": 2}
+    numbers, weights, state = one_step(config, tmp_path, **changes)
+    others = one_step(config, tmp_path, **changes, chunk=8)
+    torch.testing.assert_close(others[0], numbers)
+    # AdamW's first step is the gradient's sign times the rate, where there is any gradient
+    torch.testing.assert_close(others[1], weights, rtol=1e-3, atol=1e-4)
+    assert (state is None) is (others[2] is None) is (batches == "packed")
+    if state is not None:
+        torch.testing.assert_close(others[2].layers[1].ssm, state.layers[1].ssm)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Trace as a compiled run does, and spare the C++ compiler."""
+    torch.compiler.reset()
+    compile_blocks = partial(trainer.compile_blocks, backend="aot_eager")
+    monkeypatch.setattr(trainer, "compile_blocks", compile_blocks)
+
+
+@pytest.mark.compiles
+def test_a_compiled_step_is_the_step(config, tmp_path, quick_compiler):
+    numbers, weights, _ = one_step(config, tmp_path)
+    others = one_step(config, tmp_path, compile=True)
+    torch.testing.assert_close(others[0], numbers)
+    assert others[1].keys() == weights.keys()
+    torch.testing.assert_close(others[1], weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("batches", ["packed", "continuing"])
+def test_a_compiled_run_validates_stops_and_resumes(
+    config, tmp_path, monkeypatch, quick_compiler, batches
+):
+    config = with_training(config, batches=batches, compile=True)
+    train(config, tmp_path / "whole", say=quiet)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "cut", say=quiet)
+    said = []
+    train(config, tmp_path / "cut", resume=True, say=said.append)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert any(line.startswith("compiling the blocks") for line in said)

@@ -5,7 +5,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +24,11 @@ from mambakit.evaluation import LanguageScore, evaluate_tokens
 from mambakit.models import MambaLM, ModelState, load
 from mambakit.ops import _backends, _native
 
+from .compilation import Compilation, compile_blocks, resolve_compilation
 from .config import RunConfig, TrainingConfig, config_tables, load_config
 from .corpus import Corpus, prepare_corpus
+from .gradient import add_gradients
 from .interrupts import Interrupted, Interrupts
-from .loss import cross_entropy
 from .memory import keep_freed_memory, refuse_too_large
 from .optimizer import make_optimizer
 from .plot import plot_loss, why_no_plot
@@ -79,6 +80,7 @@ class Learner:
         optimizer: AdamW over its parameters.
         batches: Where the text comes from.
         state: What the last batch left in the model, for batches that continue.
+        compilation: Whether its blocks are compiled.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class Learner:
         self.model, self.batches = model, batches
         self.state: ModelState | None = None
         self.optimizer = make_optimizer(model, training)
-        self._run = torch.compile(model) if training.compile else model
+        self.compilation = resolve_compilation(training.compile, machine.device)
+        if self.compilation.on:
+            compile_blocks(model)
         self._parameters = list(model.parameters())
         self._training, self._machine = training, machine
 
@@ -95,6 +99,15 @@ class Learner:
         """Give the context of the run's precision."""
         dtype = self._machine.autocast
         return torch.autocast(self._machine.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def uncompiled(self) -> AbstractContextManager:
+        """Give a context in which the blocks run as they are written.
+
+        What is compiled is for a step's shapes and its gradients; validation has others.
+        """
+        return (
+            torch.compiler.set_stance("force_eager") if self.compilation.on else nullcontext()
+        )
 
     @refuse_too_large(
         "a step of training (a smaller model, training.batch_size or training.length may help)"
@@ -112,12 +125,18 @@ class Learner:
                 inputs, targets = inputs.pin_memory(), targets.pin_memory()
             inputs = inputs.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
-            with self.autocast():
-                logits, state = self._run(inputs, None if fresh else self.state)
-            self.state = state.detach() if training.batches == "continuing" else None
-            loss = cross_entropy(logits, targets)
-            (loss / training.accumulate).backward()
-            losses.append(loss.detach())
+            loss, state = add_gradients(
+                self.model,
+                inputs,
+                targets,
+                None if fresh else self.state,
+                autocast=self.autocast,
+                chunk=training.chunk,
+                share=1 / training.accumulate,
+                compiled=self.compilation.on,
+            )
+            self.state = state if training.batches == "continuing" else None
+            losses.append(loss)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, training.clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -157,7 +176,7 @@ def _validate(learner: Learner, shard: Shard, training: TrainingConfig) -> Langu
     # Which tokens are scored depends on the text and their number alone, so that the losses of
     # runs with other batches compare; the memory is that of a training batch.
     rows = max(1, min(_VALIDATION_ROWS, count // _SHORTEST_ROW))
-    with learner.autocast():
+    with learner.autocast(), learner.uncompiled():
         return evaluate_tokens(
             learner.model,
             shard.tokens,
@@ -236,20 +255,38 @@ def _resume_command(folder: Path) -> str:
 
 
 def _kernels(machine: Machine) -> str:
-    missing = _backends.why_not_fused(machine.device)
-    if missing is not None:
-        return f"plain PyTorch kernels ({missing})"
-    isa = f" ({_native.isa()})" if machine.device.type == "cpu" else ""
+    scan, conv = (
+        _backends.fused_kernels(name, machine.device)
+        for name in ("selective_scan", "causal_conv1d")
+    )
+    if scan.kind is None:
+        return f"plain PyTorch kernels ({scan.why_not})"
+    if scan.kind == "triton":  # which has the scan alone
+        slower = "" if scan.why_not is None else ", slower than the CUDA kernels"
+        return (
+            f"Triton's kernels for the scan and plain PyTorch for the rest{slower} "
+            f"({conv.why_not})"
+        )
+    isa = f" ({_native.isa()})" if scan.kind == "cpu" else ""
     return f"fused kernels{isa}"
 
 
 def _introduce(
-    config: RunConfig, corpus: Corpus, model: MambaLM, machine: Machine, say: Say
+    config: RunConfig,
+    corpus: Corpus,
+    model: MambaLM,
+    machine: Machine,
+    compilation: Compilation,
+    say: Say,
 ) -> None:
     threads = f", {torch.get_num_threads()} threads" if machine.device.type == "cpu" else ""
     precision = "fp32" if machine.autocast is None else "bf16 autocast"
     kernels = _kernels(machine)
     say(f"running on {machine.device}{threads}: {kernels}, {precision} ({machine.why})")
+    if compilation.on:
+        say("compiling the blocks by torch.compile: the first step takes longer")
+    elif compilation.why_not is not None:
+        say(f"not compiled, and so slower: {compilation.why_not}")
     parts = [
         f"{sum(d.size for d in part):,} bytes in {count(len(part), 'file')} for {name}"
         for name, part in zip(corpus.splits._fields, corpus.splits, strict=True)
@@ -314,6 +351,7 @@ def train(
             # the model is made first: what is too large for the machine leaves no run behind
             run = _Run(config, corpus, machine, folder, say)
             write_start(folder, config, corpus.tokenizer)
+            return run.finish()
     else:
         if not (folder / CONFIG).is_file():
             raise ValueError(
@@ -381,7 +419,7 @@ class _Run:
         self.norm = 0.0
         self.busy = 0.0  # seconds in updates since the last line of the metrics
         self.drawn = time.monotonic()
-        _introduce(config, corpus, model, machine, say)
+        _introduce(config, corpus, model, machine, self.learner.compilation, say)
         if done:
             say(f"resuming after step {self.at.step}")
 
