@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, ExecError, LinkError, PlatformError
 
 OPS = "src/mambakit/ops"
+SOURCES = (OPS, "src/mambakit/generation/cpu_step")
 MISSING = "_cpu_missing.txt"
 
 # x86-64 only. Elsewhere the compiler's default target is used: on arm64 that includes NEON.
@@ -52,8 +53,10 @@ def instruction_sets() -> dict[str, list[str]]:
 
 
 def extensions() -> list[Extension]:
-    sources = sorted(str(path) for path in Path(OPS).glob("**/*.cpp"))
-    headers = sorted(str(path) for path in Path(OPS).glob("**/*.h"))
+    sources, headers = (
+        sorted(str(path) for folder in SOURCES for path in Path(folder).glob(pattern))
+        for pattern in ("**/*.cpp", "**/*.h")
+    )
     return [
         Extension(
             f"mambakit.ops._cpu_{name}",

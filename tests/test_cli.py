@@ -16,7 +16,7 @@ import pytest
 
 from mambakit import cli
 
-COMMANDS = ("train", "generate", "evaluate", "doctor")
+COMMANDS = ("train", "generate", "evaluate", "convert", "doctor")
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind.\n" * 40
 
 
@@ -271,9 +271,27 @@ class TestGenerate:
         begun = text[len("To be") :].index(stop) + len("To be")
         assert capsys.readouterr().out == text[:begun] + "\n"
 
+    def test_it_goes_on_where_it_was_left(self, run, place, capsys):
+        def text(*arguments):
+            assert cli.main(["generate", str(run), "--temperature", "0", *arguments]) == 0
+            return capsys.readouterr().out.removesuffix("\n")
+
+        file = str(place / "kept.state")
+        whole = text("--prompt", "To be", "--max-new-tokens", "12")
+        first = text("--prompt", "To be", "--max-new-tokens", "5", "--save-state", file)
+        then = text("--state", file, "--max-new-tokens", "7", "--stream")
+        assert first + then == whole
+        text("--prompt", "To ", "--max-new-tokens", "0", "--save-state", file)
+        assert (
+            "To " + text("--state", file, "--prompt", "be", "--max-new-tokens", "12") == whole
+        )
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
+            ([], "give --prompt, --prompt-file or --state"),
+            (["--state", "nowhere.state"], "nowhere.state"),
+            (["--state", "latin.txt"], "truncated or damaged"),
             (["--prompt", ""], "at least one token"),
             (["--prompt", "€"], "€"),
             (["--prompt", "a", "--temperature", "-1"], "temperature"),
@@ -351,10 +369,141 @@ class TestEvaluate:
             assert name in refused(capsys, "evaluate", run, name)
 
 
-def test_a_closed_output_is_no_error(monkeypatch, run, place):
-    """Python gives ``None`` for an output that the caller has closed."""
-    monkeypatch.setattr(sys, "stdout", None)
-    assert cli.main(["evaluate", str(run), str(place / "text.txt")]) == 0
+class TestConvert:
+    def test_a_run_becomes_a_checkpoint_of_any_layout(self, run, place, capsys):
+        from mambakit import MambaLM
+        from mambakit.training import load_run
+
+        for source, target, layout in (
+            (run, "hf", "hf"), ("hf", "ssm", "mamba_ssm"), ("ssm", "own", "mambakit"),
+        ):  # fmt: skip
+            assert cli.main(["convert", str(source), target, "--layout", layout]) == 0
+            said = capsys.readouterr().out
+            words = rf"{target}: [\d,]+ parameters, float32, layout {layout}\n"
+            assert re.fullmatch(words, said)
+        first = load_run(run).model.state_dict()
+        last = MambaLM.from_pretrained("own").state_dict()
+        assert first.keys() == last.keys()
+        assert all(first[name].equal(last[name]) for name in first)
+
+    def test_dtype_converts_the_weights(self, run, place, capsys):
+        assert cli.main(["convert", str(run), "short", "--dtype", "bfloat16"]) == 0
+        assert "bfloat16, layout mambakit" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["nowhere/at/all", "new"], "there is no folder nowhere/at/all"),
+            (["text.txt", "new"], "text.txt must be a folder, got a file"),
+            ([".", "new"], "cannot read config config.json"),
+            (["RUN", "RUN/text"], "cannot write"),
+            (["RUN", "new", "--revision", "v1"], "revision must be None for a folder"),
+        ],
+    )
+    def test_bad_arguments_are_one_sentence(self, run, place, capsys, arguments, words):
+        (run / "text").touch()
+        arguments = [argument.replace("RUN", str(run)) for argument in arguments]
+        assert cli.main(["convert", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+        assert not Path("new").exists()
+
+
+class TestStreams:
+    """What the process owes to the shell that starts it."""
+
+    @pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)])
+    def test_closed_ones_are_no_error_and_get_no_file(self, place, closed):
+        def close():
+            for descriptor in closed:
+                os.close(descriptor)
+
+        config = write_config(place, training={"log_every": 1})
+        process = start("train", config, "--out", "run", cwd=place, preexec_fn=close)
+        out, said = process.communicate(timeout=120)
+        assert (process.returncode, said) == (0, "")
+        assert bool(out) == (1 not in closed)
+        # what is written to a closed output must not be found in a file
+        rows = Path("run/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == [1, 2, 2, 3, 3]
+        assert cli.main(["evaluate", "run", "text.txt"]) == 0
+
+    def test_a_sentence_for_a_closed_error_stream_is_not_output(self, tmp_path):
+        process = start(
+            "generate", "nowhere", "--prompt", "a", cwd=tmp_path, preexec_fn=lambda: os.close(2)
+        )
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == 2
+
+    def test_what_the_encoding_lacks_is_written_as_an_escape(self, run, place):
+        (place / "café.txt").write_text(TEXT)
+        ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+        process = start("evaluate", run, "café.txt", cwd=place, env=ascii_only)
+        out, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (0, "")
+        assert out.endswith("  caf\\xe9.txt\n")
+
+    def test_a_run_outlives_its_reader(self, place):
+        process = start("train", write_config(place), "--out", "run", cwd=place)
+        process.stdout.close()
+        said = process.stderr.read()
+        process.stderr.close()
+        assert (process.wait(timeout=120), said) == (0, "")
+        assert list(Path("run/checkpoints").iterdir())
+
+    def test_ctrl_c_saves_although_its_readers_have_left(self, place):
+        """As in `mambakit train ... 2>&1 | tee log`, where Ctrl-C ends tee as well."""
+        config = write_config(
+            place, training={"steps": 10**6, "evaluate_every": 10**6, "log_every": 1}
+        )
+        process = start("train", config, "--out", "run", cwd=place)
+        metrics = place / "run" / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, process)
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert list(Path("run/checkpoints").iterdir())
+
+
+class TestStart:
+    """Ctrl-C from the first import of the command on."""
+
+    def run(self, interrupted):
+        script = (
+            "import sys\n"
+            "class Interrupting:\n"
+            "    def find_spec(name, *_):\n"
+            f"        if name == {interrupted!r}: raise KeyboardInterrupt\n"
+            "sys.meta_path.insert(0, Interrupting)\n"
+            "sys.argv[1:] = ['doctor']\n"
+            "from mambakit.__main__ import main\n"
+            "sys.exit(main())\n"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+
+    @pytest.mark.parametrize("interrupted", ["mambakit.cli", "argparse"])
+    def test_an_interruption_before_the_command_is_quiet(self, interrupted):
+        ended = self.run(interrupted)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+    @pytest.mark.parametrize("interrupted", ["mambakit.doctor", "torch"])
+    def test_an_interruption_of_its_imports_is_one_line(self, interrupted):
+        ended = self.run(interrupted)
+        assert (ended.returncode, ended.stderr) == (130, "mambakit: interrupted\n")
+
+    def test_nothing_is_imported_before_an_interruption_can_be_answered(self):
+        script = (
+            "import sys; before = set(sys.modules); import mambakit.__main__\n"
+            "print(*sorted(set(sys.modules) - before))"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+        assert ended.stdout.split() == ["mambakit", "mambakit.__main__"]
 
 
 class TestErrors:
@@ -384,6 +533,10 @@ class TestErrors:
     def test_doctor_exits_with_1_when_a_check_fails(self, monkeypatch):
         monkeypatch.setattr("mambakit.doctor.report", lambda: False)
         assert cli.main(["doctor"]) == 1
+
+    def test_the_sentence_is_one_line_whatever_a_file_is_called(self, run, capsys):
+        said = refused(capsys, "evaluate", run, "a\n\x1bcé")
+        assert said.endswith("a\\n\\x1bcé\n")
 
     def test_the_command_itself_shows_no_traceback(self, tmp_path):
         process = start("generate", "nowhere", "--prompt", "a", cwd=tmp_path)

@@ -24,10 +24,17 @@ _GENERATE = """\
 example:
   mambakit generate runs/demo --prompt "def main():" --max-new-tokens 200 --top-p 0.9 --stream
   mambakit generate runs/demo --prompt-file start.txt --temperature 0 --stop "class "
+  mambakit generate runs/demo --prompt-file long.txt --max-new-tokens 0 --save-state long.state
+  mambakit generate runs/demo --state long.state --prompt "In short, "
 """
 _EVALUATE = """\
 example:
   mambakit evaluate runs/demo README.md src
+"""
+_CONVERT = """\
+example:
+  mambakit convert state-spaces/mamba-130m models/mamba-130m
+  mambakit convert runs/demo models/demo --layout hf --dtype bfloat16
 """
 _DOCTOR = """\
 example:
@@ -42,29 +49,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cannot do what was asked (one sentence on standard error), 130 an interruption. An
     exception that this package did not raise itself is a bug: it keeps its traceback.
     """
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         code: int = options.run(options)
-        if sys.stdout is not None:  # closed by the caller: `>&-`
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("mambakit: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has left. Python flushes once more at exit: into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_to_nowhere()
         return PIPE_CLOSED
     except OSError as error:
         reason = error.strerror or str(error)
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"mambakit: {where}{reason}", file=sys.stderr)
-        return REFUSED
+        return _refuse(f"{where}{reason}")
     except (ValueError, RuntimeError) as error:
         if not _is_ours(error.__traceback__):
             raise
-        print(f"mambakit: {error}", file=sys.stderr)
-        return REFUSED
+        return _refuse(str(error))
+
+
+def _refuse(sentence: str) -> int:
+    """Say why a command ends, on one line whatever a file is called."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+    print(f"mambakit: {''.join(shown)}", file=sys.stderr)
+    return REFUSED
+
+
+def _write_to_nowhere() -> None:
+    # the reader of our output has left, and Python flushes once more at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_ours(traceback: TracebackType | None) -> bool:
@@ -90,39 +105,61 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
-    """Print a line at once, also into a pipe or a file: a run lasts minutes or days."""
-    print(line, flush=True)
+    """Print a line at once, also into a pipe or a file: a run lasts minutes or days.
+
+    It also outlives its reader: Ctrl-C ends ``| tee`` first, and the run must still be saved.
+    """
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        _write_to_nowhere()
 
 
 def _generate(options: argparse.Namespace) -> int:
     from mambakit._files import read_text
-    from mambakit.generation import stream_text
+    from mambakit.generation import Bookmark, complete
     from mambakit.training import keep_freed_memory, load_run
 
     keep_freed_memory()
     prompt = options.prompt
-    if prompt is None:
+    if options.prompt_file is not None:
         prompt = read_text(options.prompt_file, "prompt")
+    if prompt is None and options.state is None:
+        raise ValueError("generate: give --prompt, --prompt-file or --state")
     run = load_run(options.run_folder)
-    pieces = stream_text(
+    place = None
+    if options.state is not None:
+        place = Bookmark.load(options.state, config=run.model.config)
+        if len(place) != 1:
+            raise ValueError(
+                f"generate: {options.state} must hold one text, got {len(place)} side by side"
+            )
+    waiting = [prompt or ""]  # it is written with the first piece, when all is known to be well
+
+    def write(_: int, piece: str) -> None:
+        print(*waiting, piece, sep="", end="", flush=True)
+        waiting.clear()
+
+    done = complete(
         run.model,
-        run.tokenizer,
-        prompt,
+        None if prompt is None else [prompt],
         max_new_tokens=options.max_new_tokens,
-        stop=options.stop,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
+        stop=options.stop,
+        tokenizer=run.tokenizer,
+        on_text=write if options.stream else None,
         seed=options.seed,
+        state=place,
     )
     if not options.stream:
-        pieces = iter(["".join(pieces)])
-    print(prompt, end="", flush=options.stream)
-    for piece in pieces:
-        print(piece, end="", flush=options.stream)
-    print()
+        write(0, "".join(done.texts or ()))
+    print(*waiting, sep="")
+    if options.save_state is not None:
+        done.bookmark.save(options.save_state)
     return DONE
 
 
@@ -140,6 +177,35 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(
             f"{score.bits_per_byte:9.4f} {score.perplexity:10.4g} {score.bytes:12,.0f}  {name}"
         )
+    return DONE
+
+
+def _convert(options: argparse.Namespace) -> int:
+    import torch
+
+    from mambakit.models import MambaLM
+    from mambakit.training import load_run
+    from mambakit.training.run_folder import CONFIG
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    run = Path(options.source)
+    if (run / CONFIG).is_file() and options.revision is None:
+        model = load_run(run, dtype=dtype).model
+    else:
+        model = MambaLM.from_pretrained(
+            options.source,
+            revision=options.revision,
+            device="cpu",
+            dtype=dtype,
+            local_files_only=options.local_files_only,
+        )
+    model.save_pretrained(options.target, layout=options.layout)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    dtype = model.backbone.embedding.weight.dtype
+    print(
+        f"{options.target}: {count:,} parameters, {str(dtype).removeprefix('torch.')}, "
+        f"layout {options.layout}"
+    )
     return DONE
 
 
@@ -189,9 +255,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "run_folder", type=Path, metavar="RUN", help="run folder of the model"
     )
-    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds it")
+    generate.add_argument(
+        "--state", type=Path, metavar="FILE",
+        help="go on from where --save-state left a text; the prompt, if any, comes after it",
+    )  # fmt: skip
+    generate.add_argument(
+        "--save-state", type=Path, metavar="FILE", help="keep the place to go on from"
+    )
     generate.add_argument(
         "--stream", action="store_true", help="write the text while it is being made"
     )
@@ -229,6 +302,24 @@ def _parser() -> argparse.ArgumentParser:
         "run_folder", type=Path, metavar="RUN", help="run folder of the model"
     )
     evaluate.add_argument("files", nargs="+", metavar="FILES", help="files or folders")
+
+    convert = command("convert", "rewrite a model in another layout", _CONVERT)
+    convert.set_defaults(run=_convert)
+    convert.add_argument(
+        "source", metavar="SOURCE", help="folder of a model, run folder, or id on the Hub"
+    )
+    convert.add_argument("target", type=Path, metavar="TARGET", help="folder to write")
+    convert.add_argument(
+        "--layout", choices=("mambakit", "hf", "mamba_ssm"), default="mambakit",
+        help="our own (mambakit), transformers' (hf) or the authors' (mamba_ssm)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="(that of SOURCE)"
+    )
+    convert.add_argument("--revision", metavar="R", help="branch, tag or commit on the Hub")
+    convert.add_argument(
+        "--local-files-only", action="store_true", help="take it from the Hub's cache"
+    )
 
     doctor = command("doctor", "say what runs on this machine and check its numbers", _DOCTOR)
     doctor.set_defaults(run=_doctor)

@@ -13,21 +13,10 @@ from mambakit.generation.sampling import penalise_repetition
 V = 21
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = MambaLM(
-        MambaConfig(d_model=16, n_layer=2, vocab_size=V, d_state=4, tie_embeddings=False)
-    )
-    with torch.no_grad():
-        # So wide that the next token depends on the past, and not so wide as to be certain.
-        model.backbone.embedding.weight.normal_()
-        model.lm_head.weight.normal_(std=0.5)
-    return model
-
-
 def draw(b=2, l=6, seed=1):
-    return torch.randint(V, (b, l), generator=torch.Generator().manual_seed(seed))
+    chance = torch.Generator("cpu").manual_seed(seed)
+    tokens = torch.randint(V, (b, l), generator=chance, device="cpu")
+    return tokens.to(torch.get_default_device())
 
 
 def naive_greedy(model, tokens, k):
@@ -57,8 +46,11 @@ def test_the_same_seed_gives_the_same_tokens(model):
     def run(**chance):
         return generate(model, draw(), max_new_tokens=20, **chance)
 
+    def generator():
+        return torch.Generator().manual_seed(3)
+
     assert_close(run(seed=3), run(seed=3))
-    assert_close(run(seed=3), run(generator=torch.Generator().manual_seed(3)))
+    assert_close(run(generator=generator()), run(generator=generator()))
     assert not torch.equal(run(seed=3), run(seed=4))
 
 
@@ -75,8 +67,10 @@ def test_a_seed_leaves_torchs_own_chance_alone(model):
     assert_close(torch.get_rng_state(), before)
 
 
-def test_zero_new_tokens_give_the_prompt(model):
+def test_zero_new_tokens_give_the_prompt_unread(model):
+    hook = model.register_forward_hook(lambda *_: pytest.fail("the model was asked"))
     assert_close(generate(model, draw(), max_new_tokens=0), draw())
+    hook.remove()
 
 
 def test_int32_prompts_are_taken(model):
@@ -152,21 +146,21 @@ def test_ids_of_the_padding_are_never_chosen(model):
     assert tokens.max() < 3
 
 
-def test_a_nan_gives_tokens_of_the_vocabulary_and_no_crash(model):
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 0, "top_k": 3}])
+@pytest.mark.parametrize("stop_tokens", [(), (1,)])
+def test_logits_that_are_no_numbers_are_refused(model, settings, stop_tokens):
     spoilt = MambaLM(model.config)
     spoilt.load_state_dict(model.state_dict())
     spoilt.backbone.norm_f.weight.data[0] = torch.nan
-    for settings in ({"temperature": 0}, {"seed": 0, "top_k": 3, "top_p": 0.5, "min_p": 0.1}):
-        tokens = generate(spoilt, draw(), max_new_tokens=3, **settings)
-        assert tokens.min() >= 0
-        assert tokens.max() < V
+    with pytest.raises(ValueError, match=r"generate: logits must be numbers .* in row 0"):
+        generate(spoilt, draw(), max_new_tokens=3, stop_tokens=stop_tokens, **settings)
 
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
         ([[1, 2]], "be a tensor, got list"),
-        (torch.zeros(1, 0, dtype=torch.int64), r"at least one token .*got shape \(1, 0\)"),
+        (torch.zeros(1, 0, dtype=torch.int64), "hold at least one token, got none in row 0"),
         (torch.zeros(0, 3, dtype=torch.int64), r"at least one row, got shape \(0, 3\)"),
         (torch.zeros(3, dtype=torch.int64), r"got int64 of shape \(3,\)"),
         (torch.zeros(1, 3), r"got float32 of shape \(1, 3\)"),
@@ -175,6 +169,7 @@ def test_a_nan_gives_tokens_of_the_vocabulary_and_no_crash(model):
         (torch.zeros(1, 2, dtype=torch.int64, device="meta"), "be on cpu .*got meta"),
     ],
 )
+@pytest.mark.cpu
 def test_bad_prompts_are_refused(model, tokens, message):
     with pytest.raises(ValueError, match=f"generate: tokens must .*{message}"):
         generate(model, tokens, max_new_tokens=1)
@@ -195,6 +190,10 @@ def test_bad_prompts_are_refused(model, tokens, message):
         ({"vocab_size": V + 1}, rf"vocab_size must be .* the model's {V}, got {V + 1}"),
         ({"stop_tokens": 3}, "stop_tokens must be a list of ids, got 3"),
         ({"stop_tokens": ["a"]}, rf"stop_tokens must be in \[0, {V}\), got 'a'"),
+        ({"stop_tokens": [[1], [2], [3]]}, "stop_tokens must be one list, or one .*prompt, 2"),
+        ({"seed": [1, 2, 3]}, "seed must be one number or one for each prompt, 2, got 3"),
+        ({"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ({"logits_processors": [3]}, "logits_processors must be a list of functions, got 3"),
     ],
 )
 def test_bad_settings_are_refused_before_the_first_token(model, settings, message):
@@ -216,3 +215,49 @@ def test_only_ids_below_vocab_size_are_chosen(model, repetition_penalty):
 def test_seeds_that_torch_has_no_room_for_are_refused(model, seed):
     with pytest.raises(ValueError, match=r"generate: seed must be .*, got -?\d+$"):
         generate(model, draw(), max_new_tokens=1, seed=seed)
+
+
+def test_a_state_stands_for_what_it_has_read(model):
+    tokens = draw()
+    settings = {"max_new_tokens": 9, "temperature": 0}
+    read = model(tokens[:, :4]).state
+    whole = generate(model, tokens, **settings)
+    assert_close(generate(model, tokens[:, 4:], state=read, **settings), whole[:, 4:])
+
+
+def test_a_seed_of_its_own_makes_a_row_independent_of_the_batch(model):
+    tokens = draw(b=3)
+    settings = {"max_new_tokens": 12}
+    together = generate(model, tokens, seed=[5, 6, 7], **settings)
+    assert_close(generate(model, tokens[[2, 1]], seed=[7, 6], **settings), together[[2, 1]])
+    assert_close(generate(model, tokens[:1], seed=5, **settings), together[:1])
+
+
+def test_a_row_draws_the_same_whichever_rows_have_left(model):
+    tokens = draw(b=4)
+    free = generate(model, tokens, max_new_tokens=20, seed=1)[:, 6:].tolist()
+    ends = [[free[0][2]], [free[1][9]], [], [free[3][0]]]
+    stopped = generate(model, tokens, max_new_tokens=20, seed=1, stop_tokens=ends)
+    for row, whole, end in zip(stopped[:, 6:].tolist(), free, ends, strict=True):
+        at = whole.index(end[0]) + 1 if end else len(whole)
+        assert row == whole[:at] + end * (len(row) - at)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda model: model(draw(b=3)).state, "one sequence for each prompt, 2, got 3"),
+        (lambda model: model(draw()), "state must be a ModelState, a Bookmark .*LMOutput"),
+        (
+            lambda model: model(draw()).state.to("meta"),
+            r"state must be on \w+ like the model, got meta",
+        ),
+        (
+            lambda _: MambaLM(MambaConfig(d_model=8, n_layer=2, vocab_size=V))(draw()).state,
+            "it is another model's",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(model, state, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, draw(), max_new_tokens=1, state=state(model))

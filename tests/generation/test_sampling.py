@@ -14,6 +14,7 @@ from mambakit.generation.sampling import (
     keep_top_k,
     keep_top_p,
     penalise_repetition,
+    pick,
 )
 
 INF = float("inf")
@@ -134,9 +135,8 @@ def test_temperature_zero_still_hears_the_repetition_penalty():
 def test_tokens_are_drawn_with_their_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
     rows = 40_000
-    drawn = SamplingRules().choose(
-        probabilities.log().expand(rows, 5), generator=torch.Generator().manual_seed(0)
-    )
+    chance = torch.rand(rows, dtype=torch.float64)
+    drawn = SamplingRules().choose(probabilities.log().expand(rows, 5), u=chance)
     shares = drawn.bincount(minlength=5) / rows
     deviation = (probabilities * (1 - probabilities) / rows).sqrt()
     assert ((shares - probabilities).abs() <= 4 * deviation).all()
@@ -146,6 +146,28 @@ def test_forbidden_tokens_are_never_drawn():
     logits = torch.full((5_000, 8), -INF)
     logits[:, 3] = -700.0
     assert SamplingRules().choose(logits).unique().tolist() == [3]
+
+
+@settings(deadline=None)
+@given(
+    odds=st.lists(st.integers(0, 8).map(lambda i: i / 8), min_size=1, max_size=9).filter(any),
+    u=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53])),
+)
+def test_a_draw_is_the_inverse_of_the_distribution(odds, u):
+    token = pick(torch.tensor([odds]), torch.tensor([u], dtype=torch.float64)).item()
+    assert odds[token] > 0
+    below = sum(odds[:token])
+    # a token more or less where u falls upon a border, to rounding
+    assert below - 1e-9 <= u * sum(odds) <= below + odds[token] + 1e-9
+
+
+def test_without_chance_a_draw_asks_torch():
+    odds = torch.rand(50, 9)
+    torch.manual_seed(1)
+    first = pick(odds)
+    torch.manual_seed(1)
+    assert_close(pick(odds), first)
+    assert not torch.equal(pick(odds), first)
 
 
 def test_short_dtypes_are_drawn_in_float32():

@@ -9,22 +9,20 @@ from hypothesis import given, settings, strategies as st
 from mambakit import MambaConfig, MambaLM
 from mambakit.data import ByteTokenizer
 from mambakit.data.tokenizers import JsonTokenizer
-from mambakit.generation import TextStream, generate_text, stream_text
+from mambakit.generation import (
+    TextStream,
+    complete,
+    generate_text,
+    stream_text,
+    stream_texts,
+)
 
 BYTES = ByteTokenizer()
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = MambaLM(
-        MambaConfig(d_model=16, n_layer=2, vocab_size=256, d_state=4, tie_embeddings=False)
-    )
-    with torch.no_grad():
-        # So wide that the next token depends on the past, and not so wide as to be certain.
-        model.backbone.embedding.weight.normal_()
-        model.lm_head.weight.normal_(std=0.5)
-    return model
+@pytest.fixture
+def model(make_model):
+    return make_model(256)
 
 
 def read(stream, tokens):
@@ -121,7 +119,7 @@ def test_streamed_text_is_the_text(model):
 
 
 def test_texts_of_a_batch_are_as_they_are_alone(model):
-    prompts = ["ab", "cd", "ef"]
+    prompts = ["ab", "c", "efg", "hi"]
     together = generate_text(model, BYTES, prompts, max_new_tokens=20, temperature=0)
     for prompt, text in zip(prompts, together, strict=True):
         assert generate_text(model, BYTES, [prompt], max_new_tokens=20, temperature=0) == [text]
@@ -136,6 +134,21 @@ def test_texts_of_a_batch_stop_each_for_itself(model):
     )
     assert stopped == [text.split(stop)[0] for text in free]
     assert stop in free[1]
+
+
+def test_texts_of_a_batch_come_side_by_side_in_whole_characters(model):
+    """Random bytes are rich in characters that are spread over several tokens."""
+    prompts, settings = ["ab", "c"], {"max_new_tokens": 60, "seed": 0, "stop": ["x"]}
+    written = ["", ""]
+    order = []
+    for row, piece in stream_texts(model, BYTES, prompts, **settings):
+        written[row] += piece
+        order.append(row)
+    assert written == generate_text(model, BYTES, prompts, **settings)
+    assert order != sorted(order)
+    done = complete(model, prompts, tokenizer=BYTES, **settings)
+    for text, tokens in zip(written, done.tokens, strict=True):
+        assert text == bytes(tokens.tolist()).decode("utf-8", "replace").split("x")[0]
 
 
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it(model):
@@ -164,10 +177,10 @@ def test_no_work_is_done_after_a_stop_string(model):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (["ab", "c"], r"same number of tokens, got \[1, 2\]"),
-        ([], r"a list of at least one text, got \[\]"),
-        ("ab", "a list of at least one text, got 'ab'"),
-        ([""], "at least one token"),
+        ([], r"a list of at least one row of tokens or one text, got \[\]"),
+        ("ab", "a list of at least one row of tokens or one text, got 'ab'"),
+        (["ab", ""], "at least one token, got none in row 1"),
+        (["ab", 3], "prompts must all be tensors or all be texts, got 3"),
     ],
 )
 def test_bad_prompts_are_refused(model, prompts, message):

@@ -1,14 +1,16 @@
-"""The loop: read the prompt in one pass, then one step for each new token."""
+"""Continuations of token prompts, as tensors: the plain way to generate."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mambakit.models import MambaLM
+from mambakit.models import MambaLM, ModelState
 
-from .sampling import SamplingRules, is_whole
+from .bookmark import Bookmark
+from .engine import LogitsProcessor
+from .settings import Run, prepare
 
 
 def generate(
@@ -21,18 +23,21 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    logits_processors: Sequence[LogitsProcessor] = (),
     vocab_size: int | None = None,
-    stop_tokens: Sequence[int] = (),
-    seed: int | None = None,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
+    seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    state: ModelState | Bookmark | None = None,
 ) -> Int[Tensor, "b l_out"]:
     """Continue each row of ``tokens`` by up to ``max_new_tokens`` tokens.
 
         token_{t+1} ~ softmax(rules(logits_t))
 
-    The rules apply in this order: repetition penalty, temperature, top-k, top-p, min-p. Ids
-    from ``vocab_size`` on are never chosen, before any rule. Time for each new token
-    does not depend on how many there are already.
+    The rules apply in this order: logits processors, repetition penalty, temperature, top-k,
+    top-p, min-p. Ids from ``vocab_size`` on are never chosen, before any rule. Time for each
+    new token does not depend on how many there are already. Prompts of different lengths,
+    several samples, log-probabilities and the state at the end: see ``complete``.
 
     Args:
         model: The language model.
@@ -45,21 +50,29 @@ def generate(
             all.
         repetition_penalty: Above 1, tokens of the prompt and of the continuation so far get
             less likely.
+        logits_processors: Functions that change the logits ``(b, vocab_size)``, in order; each
+            is also given the tokens of each row so far, prompt first, as a list of tensors.
         vocab_size: Only ids below it are chosen, such as those that a tokenizer knows of a
             model that has more; ``None`` means ``config.vocab_size``.
         stop_tokens: A row ends with the first of these it produces, and repeats it until all
-            rows have ended.
-        seed: Same seed, same tokens, on the same device; at least -2**63 and below 2**64.
-            ``None`` means torch's global state.
-        generator: Source of chance, instead of a seed.
+            rows have ended. A list of lists has one for each row.
+        seed: Same seed, same tokens. Each row draws from a stream of its own, fixed by the seed
+            and the row's number; a list gives each row its own seed, and then a row's tokens
+            depend on nothing else in the batch. At least -2**63 and below 2**64; ``None`` asks
+            torch's global state for one.
+        generator: Where to ask for a seed instead.
+        state: What comes before ``tokens``: a model's state of as many sequences, or a bookmark
+            of an earlier generation. The repetition penalty and the processors do not know
+            which tokens it has read.
 
     Returns:
         Prompts and continuations, int64. Fewer than ``max_new_tokens`` are new where every row
         has ended.
 
     Raises:
-        ValueError: A setting breaks its rule, a prompt is empty, or a token is outside the
-            vocabulary.
+        ValueError: A setting breaks its rule or contradicts another, a prompt is empty, a token
+            is outside the vocabulary, the state is of another model or number of rows, or the
+            logits are no numbers.
 
     Example:
         >>> from mambakit import MambaConfig, MambaLM
@@ -80,10 +93,12 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        logits_processors=logits_processors,
         vocab_size=vocab_size,
         stop_tokens=stop_tokens,
         seed=seed,
         generator=generator,
+        state=state,
     )
     return torch.cat([tokens.long(), *(step[:, None] for step in steps)], dim=1)
 
@@ -98,10 +113,12 @@ def stream(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    logits_processors: Sequence[LogitsProcessor] = (),
     vocab_size: int | None = None,
-    stop_tokens: Sequence[int] = (),
-    seed: int | None = None,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
+    seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    state: ModelState | Bookmark | None = None,
 ) -> Iterator[Int[Tensor, " b"]]:
     """Yield the tokens of ``generate`` as they are chosen, one for each row at a time.
 
@@ -120,99 +137,34 @@ def stream(
         >>> torch.equal(torch.stack(steps, dim=1), whole[:, 3:])
         True
     """
-    rules = SamplingRules(temperature, top_k, top_p, min_p, repetition_penalty)
-    _check_prompt(model, tokens)
-    if not is_whole(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(
-            "generate: max_new_tokens must be a whole number of at least 0, "
-            f"got {max_new_tokens!r}"
-        )
-    known = model.config.vocab_size
-    if vocab_size is None:
-        vocab_size = known
-    if not is_whole(vocab_size) or not 1 <= vocab_size <= known:
-        raise ValueError(
-            f"generate: vocab_size must be a whole number from 1 to the model's {known}, "
-            f"got {vocab_size!r}"
-        )
-    if not isinstance(stop_tokens, Iterable):
-        raise ValueError(f"generate: stop_tokens must be a list of ids, got {stop_tokens!r}")
-    for token in stop_tokens:
-        if not is_whole(token) or not 0 <= token < known:
-            raise ValueError(f"generate: stop_tokens must be in [0, {known}), got {token!r}")
-    if seed is not None:
-        if generator is not None:
-            raise ValueError("generate: seed and generator must not both be given")
-        if not -(2**63) <= seed < 2**64:
-            raise ValueError(
-                f"generate: seed must be at least -2**63 and below 2**64, got {seed}"
-            )
-        generator = torch.Generator(tokens.device).manual_seed(seed)
-    return _steps(
-        model, tokens, max_new_tokens, rules, vocab_size, tuple(stop_tokens), generator
-    )
-
-
-@torch.inference_mode()
-def _steps(
-    model: MambaLM,
-    tokens: Tensor,
-    max_new_tokens: int,
-    rules: SamplingRules,
-    vocab_size: int,
-    stop_tokens: tuple[int, ...],
-    generator: torch.Generator | None,
-) -> Iterator[Tensor]:
-    b = tokens.shape[0]
-    seen = None
-    if rules.repetition_penalty != 1:
-        # a prompt may hold ids that are not chosen
-        seen = torch.zeros(b, model.config.vocab_size, dtype=torch.bool, device=tokens.device)
-        seen.scatter_(1, tokens.long(), True)
-    ends = torch.tensor(stop_tokens, device=tokens.device) if stop_tokens else None
-    ended = torch.zeros(b, dtype=torch.bool, device=tokens.device)
-
-    state = None
-    chosen: Tensor | None = None
-    for _ in range(max_new_tokens):
-        logits, state = model(tokens, state, last_only=True)
-        met = None if seen is None else seen[:, :vocab_size]
-        fresh = rules.choose(logits[:, -1, :vocab_size], met, generator)
-        if ends is not None and chosen is not None:
-            fresh = torch.where(ended, chosen, fresh)
-        chosen = fresh
-        yield chosen
-        if ends is not None:
-            ended = ended | torch.isin(chosen, ends)
-            if ended.all():
-                return
-        tokens = chosen[:, None]
-        if seen is not None:
-            seen.scatter_(1, tokens, True)
-
-
-def _check_prompt(model: MambaLM, tokens: Tensor) -> None:
     if not isinstance(tokens, Tensor):
         raise ValueError(f"generate: tokens must be a tensor, got {type(tokens).__name__}")
-    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"generate: tokens must be int64 or int32 of shape (b, l), "
-            f"got {str(tokens.dtype).removeprefix('torch.')} of shape {tuple(tokens.shape)}"
-        )
-    if 0 in tokens.shape:
-        raise ValueError(
-            f"generate: tokens must hold at least one token in at least one row, "
-            f"got shape {tuple(tokens.shape)}"
-        )
-    if tokens.device != model.device:
-        raise ValueError(
-            f"generate: tokens must be on {model.device} like the model, got {tokens.device}"
-        )
-    # The only look into a tensor: an id beyond the embedding would end in an error of its own
-    # on the CPU, and spoil the whole process on a GPU.
-    low, high = (int(bound) for bound in tokens.aminmax())
-    vocab_size = model.config.vocab_size
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"generate: tokens must be in [0, {vocab_size}), got {low if low < 0 else high}"
-        )
+    run = prepare(
+        model,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        logits_processors=logits_processors,
+        vocab_size=vocab_size,
+        stop_tokens=stop_tokens,
+        seed=seed,
+        generator=generator,
+        state=state,
+    )
+    return _side_by_side(run)
+
+
+def _side_by_side(run: Run) -> Iterator[Tensor]:
+    """Yield a token for every row: one that has ended repeats its last."""
+    latest: Tensor | None = None
+    for step in run.decoder:
+        tokens = step.tokens
+        if latest is not None and len(step.rows) < run.rows:
+            at = torch.tensor(step.rows, device=tokens.device)
+            tokens = latest.index_copy(0, at, tokens)
+        latest = tokens
+        yield tokens

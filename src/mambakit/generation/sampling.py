@@ -1,4 +1,4 @@
-"""Rules that turn the scores of the next token into one token.
+"""Rules that turn the scores of the next token into one token, and the draw.
 
 Each rule maps logits ``(b, v)`` to logits ``(b, v)`` and changes nothing in place; a token that
 a rule forbids gets minus infinity. ``p = softmax(logits)`` below is taken over one row.
@@ -191,21 +191,40 @@ class SamplingRules:
         self,
         logits: Float[Tensor, "b v"],
         seen: Bool[Tensor, "b v"] | None = None,
-        generator: torch.Generator | None = None,
+        u: Float[Tensor, " b"] | None = None,
     ) -> Int[Tensor, " b"]:
         """Return one token for each row, int64.
 
         Args:
             logits: Scores of the next token.
             seen: Which tokens each row has met; needed by ``repetition_penalty`` alone.
-            generator: Source of chance, on the device of ``logits``; ``None`` means torch's.
+            u: Chance, one uniform number of [0, 1) for each row, float64; ``None`` asks torch.
         """
         logits = self.apply(logits, seen)
         if self.greedy:
             return logits.argmax(dim=-1)
-        # Of exponential clocks with rates p_i, number i is the first to ring with probability
-        # p_i. Rates need not add up to 1, so there is no softmax and no sum. A time of
-        # exactly 0 would make NaN of a forbidden token.
-        odds = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-        times = torch.empty_like(odds).exponential_(generator=generator)
-        return (odds / times.clamp_min_(torch.finfo(times.dtype).tiny)).argmax(dim=-1)
+        return pick((logits - logits.amax(dim=-1, keepdim=True)).exp(), u)
+
+
+def pick(odds: Float[Tensor, "b v"], u: Float[Tensor, " b"] | None = None) -> Int[Tensor, " b"]:
+    """Draw one token for each row, with probabilities in the ratio of ``odds``.
+
+        token = the first i with  odds_0 + ... + odds_i  >  u (odds_0 + ... + odds_v)
+
+    Args:
+        odds: From 0 to 1, and not all 0 in a row; they need not add up to 1.
+        u: Chance, one uniform number of [0, 1) for each row, float64; ``None`` asks torch.
+
+    Example:
+        >>> odds = torch.tensor([[0.5, 0.0, 0.5]])
+        >>> [pick(odds, torch.tensor([u]).double()).item() for u in (0.0, 0.49, 0.5, 0.99)]
+        [0, 0, 2, 2]
+    """
+    if u is None:
+        u = torch.rand(len(odds), dtype=torch.float64, device=odds.device)
+    # Whole numbers add up to the same sum in any order, so that the same chance gives the same
+    # token on every run, also on a GPU. What this rounds away is below 1e-12.
+    upto = (odds * 2.0**40).long().cumsum(dim=-1)
+    total = upto[:, -1:]
+    aim = (u[:, None] * total).long().minimum(total - 1)
+    return torch.searchsorted(upto, aim, right=True)[:, 0]
