@@ -37,10 +37,11 @@ def by_autograd(given, dy, dlast, dtype, softplus=True):
     return {n: next(found) for n, t in zip(NAMES, leaves, strict=True) if t is not None}
 
 
-def by_kernel(given, dy, dlast, chunks=None, softplus=True, passes=1):
+def by_kernel(given, dy, dlast, chunks=None, softplus=True, passes=1, plan=None):
     l = given[0].shape[1]
     saved = forward.forward(*given, softplus, True)[2]
-    plan = None if chunks is None else backward.cut(chunks, l, passes)
+    if chunks is not None:
+        plan = backward.cut(chunks, l, passes)
     found = backward.backward(dy, dlast, *given, saved.view(-1), softplus, plan=plan)
     for gradient, tensor in zip(found, given, strict=True):
         assert (gradient is None) == (tensor is None)
@@ -139,10 +140,78 @@ def test_several_passes_over_channels_are_one(operands, assert_near):
         assert_near(found[name], wanted[name])
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_two_runs_give_the_same_bits(operands, chunks):
+@pytest.mark.parametrize(
+    ("shape", "steps"),
+    [((2, 197, 40, 16), 64), ((1, 130, 136, 16), 64), ((1, 65, 3, 16), 64),
+     ((2, 197, 24, 1), 128), ((1, 197, 12, 5), 64), ((1, 130, 36, 64), 64)],
+)  # fmt: skip
+@pytest.mark.parametrize("ends", [True, False])
+def test_chunks_may_be_handed_on(operands, assert_near, shape, steps, ends):
+    given, dy, dlast = operands(*shape, without=() if ends else ("state",))
+    plan = backward.hand_on(steps, shape[1])
+    assert plan.handed_on
+    assert plan.chunks > 1
+    found = by_kernel(given, dy, dlast if ends else None, plan=plan)
+    wanted = by_autograd(given, dy, dlast if ends else torch.zeros_like(dlast), torch.float64)
+    assert_gradients(assert_near, found, wanted)
+
+
+def test_handing_on_leaves_tokens_gradients_as_they_are(operands):
+    case = operands(2, 197, 40, 16, dtype=torch.bfloat16, B="grouped", C="grouped", g=2)
+    whole = by_kernel(*case, 1)
+    for steps in (64, 128):
+        found = by_kernel(*case, plan=backward.hand_on(steps, 197))
+        for name in ("x", "dt", "B", "C", "gate", "state"):
+            assert torch.equal(found[name], whole[name])
+
+
+def test_handing_on_and_several_passes_go_together(operands):
+    case = operands(1, 197, 100, 64)
+    plan = backward.hand_on(128, 197)
+    found, wanted = by_kernel(*case, plan=plan._replace(passes=2)), by_kernel(*case, plan=plan)
+    for name in ("x", "dt", "A", "gate", "state"):
+        assert torch.equal(found[name], wanted[name])
+
+
+def test_blocks_that_are_more_than_a_gpu_runs_at_once_hand_on(operands, monkeypatch):
+    monkeypatch.setattr(_cuda, "multiprocessors", lambda _: 1)
+    chosen = []
+
+    def plan(*sizes):
+        chosen.append(backward.plan(*sizes))
+        return chosen[-1]
+
+    monkeypatch.setattr(backward, "_plan", plan)
+    case = operands(3, 320, 40, 16)
+    found, whole = by_kernel(*case), by_kernel(*case, 1)
+    assert chosen[0].handed_on
+    for name in ("x", "dt", "B", "C", "gate", "state"):
+        assert torch.equal(found[name], whole[name])
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 8, 9, 20, 64, 100])
+@pytest.mark.parametrize(("l", "d"), [(2048, 2048), (2047, 5120), (512, 2048), (40, 5120)])
+def test_plans_cover_all_steps_in_whole_checkpoints(b, l, d):
+    kinds = next(backward.specialisations())
+    form = backward.Form(kinds, 8, 1, 0, 4, 0, 32)
+    plan = backward.plan(b, l, d, 16, 1, form, 132)
+    before_last = plan.first_steps + (plan.chunks - 2) * plan.chunk_steps
+    assert plan.first_steps % 64 == plan.chunk_steps % 64 == 0
+    assert 0 < plan.first_steps <= plan.chunk_steps
+    if plan.chunks == 1:
+        assert l <= plan.first_steps
+    else:
+        assert before_last < l <= before_last + plan.chunk_steps
+    # blocks that hand on are never fewer than the GPU runs at once
+    assert not plan.handed_on or b * d // 128 >= 132
+
+
+@pytest.mark.parametrize(
+    "plan", [backward.cut(1, 140), backward.cut(2, 140), backward.hand_on(64, 140)], ids=str
+)
+def test_two_runs_give_the_same_bits(operands, plan):
     case = operands(2, 140, 40, 16, dtype=torch.bfloat16)
-    first, second = by_kernel(*case, chunks), by_kernel(*case, chunks)
+    first, second = by_kernel(*case, plan=plan), by_kernel(*case, plan=plan)
     for name in NAMES:
         assert torch.equal(first[name], second[name])
 

@@ -26,9 +26,16 @@
 //     runners   0, 1*    2, 3      0      1   0, 1*   2, 3     0       (* passed through)
 //     walkers                      3      2      1      0      3
 //
-// With few channels time is cut into chunks of blocks of their own: scan_carries finds what
-// gradient each chunk sends back, scan_join_back chains these. scan_add adds the blocks' parts of
-// gradients that are sums over channels, batch or chunks, always in the same order.
+// Time may also be cut into chunks of blocks of their own, in one of two ways:
+//
+//   handed on  A block waits for the gradient that the chunk after it sends back; that chunk's
+//              blocks have lower indices. Blocks that are more than the GPU runs at once become
+//              shorter, so that fewer are left for the end.
+//   joined     For few channels: scan_carries finds what gradient each chunk sends back of
+//              nothing, scan_join_back chains these, and scan_backward runs all chunks at once.
+//
+// scan_add adds the blocks' parts of gradients that are sums over channels, batch or chunks,
+// always in the same order.
 #include "common.cuh"
 
 // -D gives also TILE, steps of a tile: 16, or 8 or 4 where there is little shared memory; WALKERS;
@@ -59,8 +66,10 @@ struct Arguments {
     // Of parts over b and chunks; the constants' are null where B, C are given by token.
     real *dA, *dD, *ddt_bias, *dB_constant, *dC_constant;
     real* carries; // (b, chunks, d, n): the gradient that reaches each chunk; for several chunks
-    real* dt_sums; // (b, chunks, d)
-    long long chunks, chunk_steps;
+    real* dt_sums; // (b, chunks, d); where chunks are joined
+    int* flags;    // a 0 for each set of each block, or null: chunks are joined
+    // The first chunk, which is worked on last, may have fewer steps than the others.
+    long long chunks, chunk_steps, first_steps;
     // A block takes `passes` times WALKERS sets of channels, one after another; `columns` such
     // blocks lie side by side over the channels of a group.
     long long columns, passes;
@@ -147,10 +156,10 @@ struct __align__(16) Place {
         long long i = blockIdx.x;
         column = i % a.columns, i /= a.columns;
         group = i % a.in.g, i /= a.in.g;
-        chunk = i % a.chunks, batch = i / a.chunks;
+        batch = i % a.in.b, chunk = a.chunks - 1 - i / a.in.b;
         pass = 0;
-        begin = chunk * a.chunk_steps;
-        steps = (int)min(a.in.l - begin, a.chunk_steps);
+        begin = chunk ? a.first_steps + (chunk - 1) * a.chunk_steps : 0;
+        steps = (int)min(a.in.l - begin, chunk ? a.chunk_steps : a.first_steps);
         periods = (steps + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS * TILES;
     }
     // Tiles and steps are counted from the chunk's first.
@@ -689,6 +698,12 @@ DEVICE void put_piece(
     }
 }
 
+// The flag of a walker's set in this block or, `chunks_later` than it, in another.
+DEVICE int* flag_of(const Arguments& a, const Place& place, int walker, int chunks_later) {
+    const long long block = blockIdx.x - chunks_later * a.columns * a.in.g * a.in.b;
+    return a.flags + (block * a.passes + place.pass) * WALKERS + walker;
+}
+
 DEVICE void walk(const Arguments& a, BlockShared& block) {
     const Place& place = block.place;
     const Operands& in = a.in;
@@ -708,12 +723,13 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
     if (CONSTANT_B) get_states(in.B_constant + set.first * STATES, lane, count, own_B);
     if (CONSTANT_C) get_states(in.C_constant + set.first * STATES, lane, count, own_C);
     const real* G_from = a.chunks > 1 ? a.carries : a.dlast_state;
-    if (G_from) {
-        const long long row = place.batch * a.chunks + place.chunk;
-        get_states(G_from + (row * in.d + set.first) * STATES, lane, count, G);
-    } else {
-        clear(G);
+    long long row = place.batch * a.chunks + place.chunk;
+    if (a.flags) {
+        if (place.chunk == a.chunks - 1) G_from = a.dlast_state, row = place.batch;
+        else await(flag_of(a, place, w, 1));
     }
+    if (G_from) get_states(G_from + (row * in.d + set.first) * STATES, lane, count, G);
+    else clear(G);
     for (int c = lane_index; c < WARP_CHANNELS; c += 32)
         shared.D[c] = in.D && c < count ? in.D[set.first + c] : real(0);
     real dD[OWN_CHANNELS] = {}, ddt_bias[OWN_CHANNELS] = {};
@@ -914,8 +930,14 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
     parts += 2 * in.d;
     if (CONSTANT_B) put_states(parts + at, lane, exist, own_dB), parts += states;
     if (CONSTANT_C) put_states(parts + at, lane, exist, own_dC);
-    if (a.dstate && place.chunk == 0)
-        put_states(a.dstate + place.batch * states + at, lane, exist, G);
+    // What is sent back goes to the caller or to the chunk before.
+    if (place.chunk == 0) {
+        if (a.dstate) put_states(a.dstate + place.batch * states + at, lane, exist, G);
+    } else if (a.flags) {
+        const long long before = place.batch * a.chunks + place.chunk - 1;
+        put_states(a.carries + before * states + at, lane, exist, G);
+        publish(flag_of(a, place, w, 0));
+    }
 }
 
 KERNEL(THREADS, BLOCKS) scan_backward(const __grid_constant__ Arguments a) {

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,9 +51,13 @@ class _Arguments(ctypes.Structure):
                 "dC_constant",
                 "carries",
                 "dt_sums",
+                "flags",
             )
         ),
-        *((name, ctypes.c_int64) for name in ("chunks", "chunk_steps", "columns", "passes")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("chunks", "chunk_steps", "first_steps", "columns", "passes")
+        ),
     ]
 
 
@@ -69,49 +74,104 @@ class Form(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the work is cut: chunks of how many steps, and passes of a block over channels."""
+    """How the work is cut: chunks of how many steps, and passes of a block over channels.
+
+    ``first_steps`` is how many steps the first chunk has; ``handed_on``, whether chunks hand
+    their gradients on from block to block or are joined.
+    """
 
     chunks: int
     chunk_steps: int
     passes: int
+    first_steps: int
+    handed_on: bool = False
 
 
 def cut(chunks: int, l: int, passes: int = 1) -> Plan:
-    """Return the plan with at most that many chunks, each of whole checkpoints."""
+    """Return the plan with at most that many joined chunks, each of whole checkpoints."""
     steps = -(-l // (chunks * CHECKPOINT_STEPS)) * CHECKPOINT_STEPS
-    return Plan(-(-l // steps), steps, passes)
+    return Plan(-(-l // steps), steps, passes, steps)
 
 
-def plan(b: int, l: int, d: int, n: int, groups: int, form: Form, multiprocessors: int) -> Plan:
-    """Choose how to cut the work, from its sizes, the kernel and the GPU's size.
+def hand_on(chunk_steps: int, l: int, passes: int = 1) -> Plan:
+    """Return the plan whose chunks have that many steps, the first one what is left.
 
-    The unit of time is one step of a full multiprocessor. What a block does before its first
-    tile, and what launching two more kernels costs, is about 40 such steps and 20.
+    ``chunk_steps`` must be whole checkpoints. The first chunk is worked on last, so that a
+    short one leaves little of the GPU without work for long.
     """
+    whole = -(-l // CHECKPOINT_STEPS) * CHECKPOINT_STEPS
+    chunks = -(-whole // chunk_steps)
+    first = whole - (chunks - 1) * chunk_steps
+    return Plan(chunks, chunk_steps, passes, first, chunks > 1)
+
+
+# The unit of time is one step of a full multiprocessor, 0.42 us of an H200 with n = 16. So many
+# of them take what a block does before its first tile, also where chunks are joined and all
+# blocks wait for memory at once, and launching two more kernels.
+_START_COST = 20
+_JOINED_START_COST = 40
+_JOIN_COST = 20
+_HANDING_ON_COST = 1.02  # by the time that blocks take if none waits for another
+# So many times what the GPU runs at once are even enough.
+_EVEN = 16
+
+
+def _time_handed_on(chosen: Plan, l: int, blocks: int, slots: int) -> int:
+    """Return when the last block ends if each starts as soon as one before it has ended."""
+    last = l - chosen.first_steps - (chosen.chunks - 2) * chosen.chunk_steps
+    middle = [chosen.chunk_steps] * (chosen.chunks - 2)
+    ends = {0: slots}  # how many slots become free when
+    for steps in (last, *middle, chosen.first_steps):
+        left = blocks
+        while left:
+            now = min(ends)
+            slots_now = ends.pop(now)
+            started = min(slots_now, left)
+            if slots_now > started:
+                ends[now] = slots_now - started
+            end = now + steps + _START_COST
+            ends[end] = ends.get(end, 0) + started
+            left -= started
+    return max(ends)
+
+
+@cache
+def plan(b: int, l: int, d: int, n: int, groups: int, form: Form, multiprocessors: int) -> Plan:
+    """Choose how to cut the work, from its sizes, the kernel and the GPU's size."""
     slots = form.blocks * multiprocessors
     side_by_side = b * groups * -(-(d // groups) // (form.walkers * warp_channels(n)))
 
-    def cost(chunks: int) -> float:
-        chosen = cut(chunks, l)
+    def cost(chosen: Plan) -> float:
+        if chosen.handed_on:
+            return _HANDING_ON_COST * _time_handed_on(chosen, l, side_by_side, slots)
         waves = -(-side_by_side * chosen.chunks // slots)
-        steps = waves * (chosen.chunk_steps + 40)
         if chosen.chunks == 1:
-            return steps
+            return waves * (chosen.chunk_steps + _START_COST)
         carried = max(1.0, side_by_side * (chosen.chunks - 1) / slots)
-        return steps + 20 + 0.25 * carried * (chosen.chunk_steps + 40)
+        return _JOIN_COST + (waves + 0.25 * carried) * (chosen.chunk_steps + _JOINED_START_COST)
 
-    chunks = min(range(1, min(256, -(-l // CHECKPOINT_STEPS)) + 1), key=cost)
+    checkpoints = -(-l // CHECKPOINT_STEPS)
+    plans = [cut(chunks, l) for chunks in range(1, min(256, checkpoints) + 1)]
+    # Fewer blocks would wait for each other. With many states a block takes several sets of
+    # channels, which does better.
+    if slots < side_by_side < _EVEN * slots and form.sums <= _FEW_SUMS:
+        coarse = -(-checkpoints // 64)
+        plans += [
+            hand_on(k * CHECKPOINT_STEPS, l)
+            for k in range(-(-checkpoints // 8), checkpoints, coarse)
+        ]
+    chosen = min(plans, key=cost)
 
     # With many states the parts of dB and dC that each block leaves are large, so a block takes
     # as many sets of channels, one after another, as cost no time.
     def blocks_in_turn(passes: int) -> int:
         columns = -(-(d // groups) // (form.walkers * warp_channels(n) * passes))
-        return -(-b * groups * columns * cut(chunks, l).chunks // slots) * passes
+        return -(-b * groups * columns * chosen.chunks // slots) * passes
 
     passes = 1
     if form.sums > _FEW_SUMS:
         passes = min(range(16, 0, -1), key=blocks_in_turn)
-    return cut(chunks, l, passes)
+    return chosen._replace(passes=passes)
 
 
 def backward(
@@ -186,6 +246,7 @@ def backward(
     arguments.dstate = None if dstate is None else dstate.data_ptr()
     arguments.token_parts, arguments.parts = token_parts.data_ptr(), parts.data_ptr()
     arguments.chunks, arguments.chunk_steps = plan.chunks, plan.chunk_steps
+    arguments.first_steps = plan.first_steps
     arguments.columns, arguments.passes = columns, plan.passes
 
     def launch(entry: str, blocks: int, threads: int, shared_bytes: int = 0) -> None:
@@ -193,21 +254,22 @@ def backward(
             (blocks, 1, 1), threads, arguments, shared_bytes
         )
 
+    blocks = columns * g * plan.chunks * b
     if plan.chunks > 1:
         carries = x.new_empty(b, plan.chunks, d, n, dtype=scalar)
-        dt_sums = x.new_empty(b, plan.chunks, d, dtype=scalar)
-        arguments.carries, arguments.dt_sums = carries.data_ptr(), dt_sums.data_ptr()
-        blocks = -(-call.group_channels // (form.carry_warps * warp_channels(n)))
-        blocks *= g * (plan.chunks - 1) * b
-        launch("scan_carries", blocks, form.carry_warps * 32, form.carry_bytes)
-        launch("scan_join_back", -(-b * d * n // _THREADS), _THREADS)
+        arguments.carries = carries.data_ptr()
+        if plan.handed_on:
+            flags = x.new_zeros(blocks * plan.passes * form.walkers, dtype=torch.int32)
+            arguments.flags = flags.data_ptr()
+        else:
+            dt_sums = x.new_empty(b, plan.chunks, d, dtype=scalar)
+            arguments.dt_sums = dt_sums.data_ptr()
+            carry_blocks = -(-call.group_channels // (form.carry_warps * warp_channels(n)))
+            carry_blocks *= g * (plan.chunks - 1) * b
+            launch("scan_carries", carry_blocks, form.carry_warps * 32, form.carry_bytes)
+            launch("scan_join_back", -(-b * d * n // _THREADS), _THREADS)
     runners = max(1, form.walkers // 2)
-    launch(
-        "scan_backward",
-        columns * g * plan.chunks * b,
-        32 * (form.walkers + runners),
-        form.shared_bytes,
-    )
+    launch("scan_backward", blocks, 32 * (form.walkers + runners), form.shared_bytes)
     padded = 1 << (n - 1).bit_length()
     items = g * b * l * form.sums // min(4, padded) + width
     launch("scan_add", -(-items // _THREADS), _THREADS)
@@ -263,15 +325,19 @@ def _form(defines: Defines, channels: int, block_bytes: int, bytes_in_all: int) 
 def _choose(defines: Defines, channels: int, block_bytes: int, bytes_in_all: int) -> Form:
     """Choose the form in which most walkers are at work on a multiprocessor.
 
-    Shorter tiles are worth less: what is done once for a tile is done more often.
+    Shorter tiles are worth less: what is done once for a tile is done more often. A second
+    buffer takes about 1 % more time where there are few states.
     """
     own = warp_channels(int(dict(defines)["STATES"]))
+    tiles = [(1, 16, 1.0), (1, 8, 0.75), (1, 4, 0.5)]
+    if _build(defines, 1, 1, 16).sums > _FEW_SUMS:
+        tiles.append((2, 16, 1.05))
     forms = []
     for walkers in (8, 4, 2, 1):
         if walkers > 1 and walkers * own >= 2 * channels:
             continue  # half of them or more would have no channels
         threads = 32 * (walkers + max(1, walkers // 2))
-        for buffers, tile, worth in ((2, 16, 1.0), (1, 16, 0.95), (1, 8, 0.75), (1, 4, 0.5)):
+        for buffers, tile, worth in tiles:
             form = _build(defines, walkers, buffers, tile)
             if max(form.shared_bytes, form.carry_bytes) > block_bytes:
                 continue
