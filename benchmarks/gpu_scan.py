@@ -119,10 +119,11 @@ def _mamba_ssm(i: Inputs) -> tuple[Tensor, Tensor]:
     """Scan in the peer's own layout, channels before time; it takes no state in."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    return selective_scan_fn(
+    y, last = selective_scan_fn(
         i["x"].mT, i["dt"].mT, i["A"], i["B"].mT, i["C"].mT, i["D"], z=i["gate"].mT,
         delta_bias=i["dt_bias"], delta_softplus=True, return_last_state=True,
     )  # fmt: skip
+    return y.mT, last
 
 
 def _of_peer(scan: Scan, i: Inputs) -> Inputs:
