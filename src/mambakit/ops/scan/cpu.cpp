@@ -499,9 +499,10 @@ struct Kernel {
   // one of a store that is under way.
   static constexpr int record = 4;
 
-  // What backward adds to. `tokens` holds dB and dC of each step, k vectors each.
+  // What backward adds to. `tokens` holds dB and dC of each step, k vectors each. A long sequence
+  // has many tiles, so what the sum over them loses of dA is kept and given back (Kahan's sum).
   struct Sums {
-    V *rates, *B, *C, *tokens;
+    V *rates, *rates_lost, *B, *C, *tokens;
   };
 
   // The same, leaving the decay of each step and the state before it in `trail`, and adding to dC
@@ -577,7 +578,10 @@ struct Kernel {
       by_input[t] = along_input;
     }
     for (int i = 0; i < k; ++i) {
-      carry[i] = c[i], sums.rates[i] += drate[i];
+      carry[i] = c[i];
+      const V more = drate[i] - sums.rates_lost[i], before = sums.rates[i];
+      sums.rates[i] = before + more;
+      sums.rates_lost[i] = (sums.rates[i] - before) - more;
       if (!token_B) sums.B[i] += dB[i];
     }
   }
@@ -766,15 +770,16 @@ struct Kernel {
                             Chunks chunks, const Partials& partial) {
     const FlushDenormals flush;
     const int64_t n = a.n, kn = span.blocks * n;
-    Workspace memory((3 * kn + (token_B ? 0 : kn) + (token_C ? 0 : kn) + 3 * span.blocks +
+    Workspace memory((4 * kn + (token_B ? 0 : kn) + (token_C ? 0 : kn) + 3 * span.blocks +
                       3 * n + 9 * tile_steps + record * tile_steps * (n + 2 * K)) *
                              sizeof(V) +
                          2 * tile_steps * n * sizeof(S),
-                     25);
+                     26);
     if (!memory) return false;
     V* carries = memory.template take<V>(kn);
     V* rates = memory.template take<V>(kn);
     V* drates = memory.template take_zeros<V>(kn);
+    V* drates_lost = memory.template take_zeros<V>(kn);
     V* dB_fixed = memory.template take_zeros<V>(token_B ? 0 : kn);
     V* dC_fixed = memory.template take_zeros<V>(token_C ? 0 : kn);
     V* dskip = memory.template take_zeros<V>(span.blocks);
@@ -841,8 +846,8 @@ struct Kernel {
 
         const auto there_and_back = [&](auto states, int64_t i, int pass) {
           constexpr int k_states = decltype(states)::value;
-          const Sums sums{drates + k * n + i, dB_fixed + k * n + i, dC_fixed + k * n + i,
-                          tokens + record * tile_steps * i + 2 * k_states};
+          const Sums sums{drates + k * n + i, drates_lost + k * n + i, dB_fixed + k * n + i,
+                          dC_fixed + k * n + i, tokens + record * tile_steps * i + 2 * k_states};
           replay<k_states>(start + i, rate + i, B.from(i), C.from(i), tile.dt, tile.input,
                            tile.dy, tile.y, trail, sums, steps, next.pass(pass));
           walk_back<k_states>(carry + i, rate + i, B.from(i), C.from(i), tile.dt, tile.input,
