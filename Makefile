@@ -102,7 +102,8 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 # Triton's interpreter runs its kernels without a GPU; GPU builds of PyTorch bring their own.
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --quiet -e '.[dev]'
-	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) install --quiet 'triton>=3.7'; fi
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) install --quiet 'triton>=3.7' \
+	    || echo "Triton could not be installed: the tests of its form of the scan are skipped"; fi
 	@touch $(VENV)/.package $@
 
 $(VENV)/.bench: $(VENV)/.package
