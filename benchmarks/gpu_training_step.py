@@ -9,6 +9,7 @@ import contextlib
 import gc
 import importlib.util
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -109,11 +110,12 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-class _Step:
+class _Step(ABC):
     """A model and what it is trained on."""
 
+    @abstractmethod
     def __call__(self) -> None:
-        raise NotImplementedError
+        """Make one step."""
 
 
 class _Ours(_Step):
@@ -179,7 +181,7 @@ class _Always:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Do nothing: the one batch has no place to go back to."""
 
 
 class _Peer(_Step):

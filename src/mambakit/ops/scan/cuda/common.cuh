@@ -334,11 +334,9 @@ DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); 
 DEVICE float exp2_of(float x) { return exp2_fast(x); }
 DEVICE double exp2_of(double x) { return exp2(x); }
 
-// The hardware's 2^x is low by about this much of itself on an H200 (by 0.5e-8 to 5e-8, as x
-// goes from 0 to -8). One step would not show it, but a state is a product of many: uncorrected,
-// its error is more than twice that of exact exponentials, corrected, the same. The constant goes
-// into the multiplication before. It is too small to move 2^0 from 1, so a step of no duration
-// still changes no state.
+// Against the bias of the hardware's 2^x, which is low on average. One step would not show it, but
+// a state is a product of many. The constant goes into the multiplication before. It is too small
+// to move 2^0 from 1, so a step of no duration still changes no state.
 constexpr float EXP2_BIAS = 2e-8f;
 
 // exp(dt A) from A times log2(e).
