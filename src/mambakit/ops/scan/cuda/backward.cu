@@ -741,6 +741,8 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
     if (GATE) keep_rows(GATES, in.gate), keep_rows(DGATE, a.dgate);
 
     auto fetch = [&](int buffer, int tile) {
+        const int lane_index = thread_index() % 32;
+        const Set set(shared, lane_index);
 #pragma unroll
         for (int p = 0; p < TILE_PASSES; p++) {
             const int step = tile * TILE + set.row(p), at = (p * 32 + lane_index) * PIECE;
@@ -763,10 +765,12 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
     // runners get ahead
     for (int i = 0; i < (SUMS_OVER_STATES ? 1 : 2) * HALF + 1; i++) __syncthreads();
 
-    int buffer = 0;
 #pragma unroll 1
     for (int period = 0; period < place.periods; period++) {
         const int tile = place.tile_walked(period), slot = slot_of(tile % TILES);
+        const int buffer = STORED_BUFFERS > 1 ? period & 1 : 0;
+        const int thread = thread_index(), lane_index = thread % 32;
+        const Set set(shared, lane_index);
         const real* steps = shared.steps[slot];
         const real(*staged)[COEFFICIENTS ? COPIES * COPY_REALS : 4] =
             block.coefficients[COEFFICIENTS ? period & 1 : 0];
@@ -799,6 +803,8 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
 
 #pragma unroll 1
         for (int group = GROUPS - 1; group >= 0; group--) {
+            const int lane_index = thread_index() % 32;
+            const OrderedLane lane(lane_index);
             real h[GROUP + 1][LANE_ELEMENTS], decay[GROUP][LANE_ELEMENTS];
             real B[GROUP][LANE_ELEMENTS];
             get_lane(shared.states[slot][group], lane_index, h[0]);
@@ -896,8 +902,7 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
             if (GATE) put_piece<X_TYPE>(shared, buffer, DY_OR_DGATE, DGATE, a.dgate, set, step, at);
         }
         __syncwarp(); // before these places are fetched into
-        if (STORED_BUFFERS > 1) buffer ^= 1;
-        else if (tile > 0) fetch(0, tile - 1);
+        if (STORED_BUFFERS == 1 && tile > 0) fetch(0, tile - 1);
 
         __syncthreads();
         if constexpr (!SUMS_OVER_STATES) {
