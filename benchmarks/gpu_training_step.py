@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambakit import MambaConfig, MambaLM
+from mambakit.data.batches import Batch
 from mambakit.modules import Mamba
 from mambakit.training.config import TrainingConfig
 from mambakit.training.precision import resolve_machine
@@ -172,9 +173,9 @@ class _Always:
     """The same batch, again and again: what a step costs does not depend on the text."""
 
     def __init__(self, tokens: Tensor) -> None:
-        self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), True
+        self.batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), fresh=True)
 
-    def next(self) -> tuple[Tensor, Tensor, bool]:
+    def next(self) -> Batch:
         return self.batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from mambakit.data import ContinuingBatches, PackedBatches
+from mambakit.data.batches import NO_TARGET
 
 KINDS = [PackedBatches, ContinuingBatches]
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 90), st.integers(0, 3))
@@ -22,7 +23,7 @@ def make(kind, batch_size, length, extra, seed):
 def test_targets_follow_inputs(kind, size):
     batches = make(kind, *size)
     for _ in range(5):
-        inputs, targets, _ = batches.next()
+        inputs, targets, *_ = batches.next()
         assert inputs.shape == targets.shape == size[:2]
         assert inputs.dtype == targets.dtype == torch.int64
         assert (targets == inputs + 1).all()
@@ -103,7 +104,7 @@ def test_tokens_are_read_from_disk_when_they_are_needed(tmp_path):
     np.arange(1000, dtype=np.uint16).tofile(path)
     mapped = np.memmap(path, dtype=np.uint16, mode="r")
     batches = PackedBatches(mapped, batch_size=3, length=16, seed=0)
-    inputs, targets, _ = batches.next()
+    inputs, targets, *_ = batches.next()
     assert (targets == inputs + 1).all()
 
 
@@ -140,3 +141,42 @@ def test_a_place_that_is_none_is_refused(kind, place):
     batches = kind(np.arange(100), batch_size=2, length=8, seed=0)
     with pytest.raises(ValueError, match=f"{kind.__name__}: a place must"):
         batches.load_state_dict(place)
+
+
+@st.composite
+def texts_of_documents(draw):
+    """Boundaries of a few documents, some of them empty, with sizes of batches for them."""
+    ends = np.cumsum(draw(st.lists(st.integers(0, 9), min_size=1, max_size=12)))
+    batch_size, length = draw(st.integers(1, 3)), draw(st.integers(1, 7))
+    count = max(int(ends[-1]), batch_size * length + 1)
+    return np.array([0, *ends[:-1], count], dtype=np.int64), batch_size, length
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(text=texts_of_documents(), seed=st.integers(0, 3))
+def test_documents_are_told_apart(kind, text, seed):
+    documents, batch_size, length = text
+    size = {"batch_size": batch_size, "length": length, "seed": seed}
+    tokens = np.arange(documents[-1])
+    told, plain = kind(tokens, **size, documents=documents), kind(tokens, **size)
+    for _ in range(5):
+        inputs, targets, fresh, starts = told.next()
+        expected = plain.next()
+        assert torch.equal(inputs, expected.inputs)
+        assert (fresh, expected.starts) == (expected.fresh, None)
+        # each token is its own place in the text
+        assert torch.equal(starts, torch.isin(inputs, torch.from_numpy(documents)))
+        wanted = targets != NO_TARGET
+        assert torch.equal(wanted, ~torch.isin(inputs + 1, torch.from_numpy(documents)))
+        assert torch.equal(targets[wanted], expected.targets[wanted])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("documents", [[0, 99], [1, 100], [0, 60, 50, 100], []])
+def test_boundaries_of_another_text_are_refused(kind, documents):
+    documents = np.array(documents, dtype=np.int64)
+    with pytest.raises(
+        ValueError, match=f"{kind.__name__}: documents must be .* 0 to 100, the"
+    ):
+        kind(np.arange(100), batch_size=2, length=8, seed=0, documents=documents)

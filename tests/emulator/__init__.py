@@ -69,8 +69,10 @@ class Kernel:
         threads: int,
         arguments: ctypes.Structure,
         shared_bytes: int = 0,
+        *,
+        overlaps: bool = False,
     ) -> None:
-        """Run every block of the grid, one after another.
+        """Run every block of the grid, one after another; ``overlaps`` changes nothing here.
 
         Raises:
             KernelError: The launch or the kernel is wrong; the message says how.
@@ -132,7 +134,8 @@ def _built(source: Path, defines: tuple[tuple[str, str], ...]) -> Path:
         *(f"-D{name}={value}" for name, value in defines),
         *(f'-DKERNEL_SOURCE="{source}"', f"-I{FOLDER}", f"-I{OPS}"),
     ]
-    target = BUILDS / f"{source.stem}-{_digest((given, source))}.so"
+    beside = sorted(source.parent.glob("*.cuh"))
+    target = BUILDS / f"{source.stem}-{_digest((given, source, *beside))}.so"
     if not target.exists():
         # which kernels the file has may depend on the defines
         file = str(FOLDER / "entries.cpp")

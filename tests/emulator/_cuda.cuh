@@ -213,4 +213,48 @@ template <int PENDING> static inline void copy_async_wait() {
     t.copies.erase(std::remove_if(t.copies.begin(), t.copies.end(), arrived), t.copies.end());
 }
 
+static inline unsigned int byte_permute(unsigned int low, unsigned int high, unsigned int order) {
+    unsigned long long all = (unsigned long long)high << 32 | low;
+    unsigned int y = 0;
+    for (int i = 0; i < 4; i++) y |= (unsigned int)(all >> 8 * (order >> 4 * i & 7) & 255) << 8 * i;
+    return y;
+}
+static inline void prefetch(const void*) {}
+template <class T> static inline T* in_global(T* address) { return address; }
+template <class T> static inline T load_shared_cache(const T* global) { return *global; }
+// One kernel runs after another here.
+static inline void await_kernels() {}
+static inline void release_kernels() {}
+
 #include "_scalars.cuh"
+
+template <class T>
+static inline void multiply_tiles(
+    float* c, const unsigned int* a, unsigned int b0, unsigned int b1, T
+) {
+    struct A {
+        unsigned int word[4];
+    } mine = {{a[0], a[1], a[2], a[3]}};
+    struct B {
+        unsigned int word[2];
+    } other = {{b0, b1}};
+    int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    float row[2][16], column[2][16];
+    for (int from = 0; from < 4; from++) {
+        A theirs = exchange(mine, 4 * g + from);
+        for (int i = 0; i < 4; i++) {
+            float* at = row[i % 2] + 2 * from + 8 * (i / 2);
+            unpack(theirs.word[i], T{}, at[0], at[1]);
+        }
+        for (int j = 0; j < 2; j++) {
+            B part = exchange(other, 4 * (2 * t + j) + from);
+            for (int i = 0; i < 2; i++) {
+                float* at = column[j] + 2 * from + 8 * i;
+                unpack(part.word[i], T{}, at[0], at[1]);
+            }
+        }
+    }
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 2; j++)
+            for (int k = 0; k < 16; k++) c[2 * i + j] += row[i][k] * column[j][k];
+}

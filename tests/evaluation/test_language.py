@@ -1,5 +1,6 @@
 """Laws of the score: it is the cost of the text, however the text is cut."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from mambakit import MambaConfig, MambaLM
 from mambakit.data import ByteTokenizer, CharacterTokenizer
-from mambakit.evaluation import LanguageScore, evaluate_files, evaluate_tokens
+from mambakit.evaluation import LanguageScore, evaluate_files, evaluate_tokens, evaluate_whole
 
 
 @pytest.fixture
@@ -58,6 +59,38 @@ def test_the_limit_takes_the_beginning_of_each_row(model, tokens):
     assert together.nats == pytest.approx(sum(part.nats for part in parts), rel=1e-5)
 
 
+DOCUMENTS = np.array([0, 1, 1, 30, 31, 75, 90])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_documents_that_are_told_apart_are_scored_one_by_one(model, tokens, chunk):
+    apart = [tokens[slice(*ends)] for ends in itertools.pairwise(DOCUMENTS)]
+    scores = [evaluate_tokens(model, document) for document in apart if len(document) > 1]
+    together = evaluate_tokens(model, tokens, chunk=chunk, documents=DOCUMENTS)
+    assert together.tokens == sum(score.tokens for score in scores) == 85
+    assert together.nats == pytest.approx(sum(score.nats for score in scores), rel=1e-5)
+
+
+def test_rows_of_documents_are_texts_of_their_own(model, tokens):
+    ends = ([0, 1, 30], [0, 1, 2, 30], [0, 17, 30])
+    parts = [
+        evaluate_tokens(model, tokens[i * 29 : (i + 1) * 29 + 1], documents=np.array(ends[i]))
+        for i in range(3)
+    ]
+    together = evaluate_tokens(model, tokens, rows=3, chunk=10, documents=DOCUMENTS)
+    assert together.tokens == sum(part.tokens for part in parts)
+    assert together.nats == pytest.approx(sum(part.nats for part in parts), rel=1e-5)
+
+
+def test_the_first_token_of_each_document_is_a_guess(model, tokens):
+    whole = evaluate_whole(model, ByteTokenizer(), tokens, size=90, documents=DOCUMENTS)
+    rest = evaluate_tokens(model, tokens, documents=DOCUMENTS)
+    assert (whole.tokens, whole.bytes) == (90, 90)
+    assert whole.nats == pytest.approx(rest.nats + 5 * math.log(256))
+    alone = evaluate_whole(model, ByteTokenizer(), tokens[:3], size=3, documents=np.arange(4))
+    assert alone == LanguageScore(3 * math.log(256), 3, 3)
+
+
 def test_the_figures_follow_from_the_sum():
     score = LanguageScore(nats=8 * math.log(2), tokens=4, bytes=2)
     assert score.bits_per_byte == pytest.approx(4)
@@ -96,6 +129,7 @@ def test_files_are_complete_codes(model, tmp_path):
         ([1, 300], {}, "below the model's vocab_size 256, got 300"),
         ([1, 2], {"chunk": 0}, "chunk must be at least 1, got 0"),
         ([1, 2], {"limit": 0}, "limit must be at least 1, got 0"),
+        ([1, 2], {"documents": np.arange(3)}, "must have tokens to score after their first"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(model, tokens, settings, sentence):

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-LAWS = {"test_language.py", "test_state.py", "test_parity.py", "test_compile.py"}
+LAWS = {
+    "test_language.py", "test_state.py", "test_parity.py", "test_compile.py", "test_modes.py",
+    "test_documents.py",
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -52,8 +52,8 @@ def begin(mixer, b=2, dtype=torch.float64):
     )  # fmt: skip
 
 
-def outputs_and_gradients(mixer, u, state=None):
-    y, end = mixer(u, state)
+def outputs_and_gradients(mixer, u, state=None, **kind):
+    y, end = mixer(u, state, **kind)
     inputs = [u, *mixer.parameters(), *(state or ())]
     loss = y.square().sum() + end.conv.sin().sum() + end.ssm.cos().sum()
     return (y, *end), torch.autograd.grad(loss, inputs)
@@ -63,11 +63,12 @@ def outputs_and_gradients(mixer, u, state=None):
 def assert_both_ways_agree(recompute):
     """Compare what a mixer computes when it recomputes with what it does when it keeps all."""
 
-    def check(mixer, u, state=None, **tolerance):
+    def check(mixer, u, state=None, cu_seqlens=None, **tolerance):
         recompute(False)
-        expected = outputs_and_gradients(mixer, u, state)
+        expected = outputs_and_gradients(mixer, u, state, cu_seqlens=cu_seqlens)
         recompute(True)
-        assert_close(outputs_and_gradients(mixer, u, state), expected, **tolerance)
+        found = outputs_and_gradients(mixer, u, state, cu_seqlens=cu_seqlens)
+        assert_close(found, expected, **tolerance)
 
     return check
 
@@ -80,6 +81,16 @@ def test_recomputing_changes_neither_values_nor_gradients(
 ):
     mixer = make(conv_bias=conv_bias)
     assert_both_ways_agree(mixer, draw(l), begin(mixer) if goes_on else None)
+
+
+PACK = torch.tensor([0, 2, 3, 20, 40], device="cpu")
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_recomputing_a_pack_changes_nothing_either(assert_both_ways_agree, goes_on):
+    mixer = make()
+    state = begin(mixer, b=4) if goes_on else None
+    assert_both_ways_agree(mixer, draw(40, b=1), state, PACK)
 
 
 def test_bfloat16_agrees_within_its_rounding(assert_both_ways_agree):
@@ -151,18 +162,42 @@ def test_a_compiler_takes_it_in_one_graph(lean):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_the_operator_is_registered_soundly(goes_on):
-    mixer = make(torch.float32)
+def test_a_compiler_takes_packs_of_one_number_of_sequences_in_one_graph(lean):
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    mixer = make()
+    compiled = torch.compile(mixer, fullgraph=True, backend=count)
+    for cuts in ([0, 2, 3, 20, 40], [0, 1, 30, 38, 40]):
+        pack = torch.tensor(cuts, device="cpu")
+        y, end = compiled(draw(40, b=1), cu_seqlens=pack)
+        expected, state = mixer(draw(40, b=1), cu_seqlens=pack)
+        assert_close((y, *end), (expected, *state))
+    assert len(graphs) == 1
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize(
+    ("goes_on", "pack"), [(True, None), (False, None), (True, [0, 1, 5]), (False, [0, 1, 5])]
+)
+def test_the_operator_is_registered_soundly(goes_on, pack):
+    mixer, b = make(torch.float32), 2
     state = begin(mixer, dtype=torch.float32) if goes_on else (None, None)
+    if pack is not None:
+        pack, b = torch.tensor(pack, device="cpu"), 1
     inputs = (
-        torch.randn(2, 5, 24, requires_grad=True),
+        torch.randn(b, 5, 24, requires_grad=True),
         mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, mixer.x_proj.weight,
         mixer.dt_proj.weight, -torch.exp(mixer.A_log), mixer.D, mixer.dt_proj.bias, *state,
     )  # fmt: skip
     inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
     torch.library.opcheck(
-        torch.ops.mambakit.mix.default, (*inputs, checkpoint_steps(inputs[0].device), False)
+        torch.ops.mambakit.mix.default,
+        (*inputs, pack, checkpoint_steps(inputs[0].device), False),
     )
 
 

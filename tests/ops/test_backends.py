@@ -114,11 +114,11 @@ def test_tensors_on_a_gpu_go_to_the_kernels_that_run_there(gpu, monkeypatch):
         def __init__(self, name):
             self.name = name
 
-        def forward(self, *given):
-            calls.append((self.name, *given[1:]))
+        def forward(self, *given, cu_seqlens):
+            calls.append((self.name, *given[1:], cu_seqlens))
 
-        def backward(self, *given, **room):
-            calls.append((self.name, *given[1:], *room))
+        def backward(self, *given, cu_seqlens, **room):
+            calls.append((self.name, *given[1:], cu_seqlens, *room))
 
     class OnGPU:
         device = torch.device("cuda", 0)
@@ -128,9 +128,12 @@ def test_tensors_on_a_gpu_go_to_the_kernels_that_run_there(gpu, monkeypatch):
     monkeypatch.setattr(fused, "cuda_backward", Kernels("cuda"))
     for why_not in ("it is old", None):
         gpu["cuda"] = why_not
-        fused._forward_on_gpu(OnGPU(), 1)
-        fused._backward_on_gpu(OnGPU(), 2)
-    assert calls == [("triton", 1), ("triton", 2), ("cuda", 1), ("cuda", 2, "dgate")]
+        fused._forward_on_gpu(OnGPU(), 1, cu_seqlens="pack")
+        fused._backward_on_gpu(OnGPU(), 2, cu_seqlens="pack")
+    assert calls == [
+        ("triton", 1, "pack"), ("triton", 2, "pack"),
+        ("cuda", 1, "pack"), ("cuda", 2, "pack", "dgate"),
+    ]  # fmt: skip
 
 
 @pytest.mark.refuses

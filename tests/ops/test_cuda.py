@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from mambakit.ops import _cuda, causal_conv1d, selective_scan
+from mambakit.ops import _cuda, _spans, causal_conv1d, selective_scan
 from mambakit.ops.conv.cuda import launch as conv
 
 _FORWARD, _BACKWARD = (
@@ -19,6 +19,7 @@ _FORWARD, _BACKWARD = (
     for name in ("forward", "backward")
 )
 BUILDS = [
+    (_spans.SOURCE, ()),
     *conv.specialisations(),
     *((_FORWARD.SOURCE, defines) for defines in _FORWARD.specialisations()),
     *((_BACKWARD.SOURCE, defines) for defines in _BACKWARD.specialisations()),
@@ -245,6 +246,28 @@ def test_a_launch_hands_over_its_struct_on_the_current_stream(driver):
         kernel.launch((3, 2, 1), 64, Two(7, 8), 1024)
         assert driver["launch"] == (5, 3, 2, 1, 64, 1, 1, 1024, 71, 7, 8)
     assert driver["set"] == [9]  # the thread had no context, and then it had one
+
+
+def test_a_launch_that_overlaps_says_so(driver, monkeypatch):
+    from cuda.bindings import driver as bindings
+
+    def launch(config, function, parameters, extra):
+        (attribute,) = config.attrs
+        address = ctypes.c_void_p.from_address(parameters).value
+        driver["launch"] = (
+            *(config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX),
+            *(config.sharedMemBytes, int(config.hStream), function, int(attribute.id)),
+            attribute.value.programmaticStreamSerializationAllowed,
+            Two.from_address(address).second,
+        )
+        return (driver["status"],)
+
+    monkeypatch.setattr(bindings, "cuLaunchKernelEx", launch)
+    _cuda.Kernel("two", 1, 5, 9).launch((3, 2, 1), 64, Two(7, 8), 1024, overlaps=True)
+    serialisation = (
+        bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    )
+    assert driver["launch"] == (3, 2, 1, 64, 1024, 71, 5, int(serialisation), 1, 8)
 
 
 def test_a_context_that_is_there_is_left_alone(driver):

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from mambakit import MambaConfig, MambaLM
+from mambakit.models import ModelState
 from mambakit.training.gradient import add_gradients
 
 L = 24
@@ -56,6 +58,52 @@ def test_chunks_change_neither_loss_nor_state_nor_gradient(model, batch, chunk, 
     for layer, wanted in zip(found[1].layers, expected[1].layers, strict=True):
         assert_close(tuple(layer), tuple(wanted))
     assert_close(found[2], expected[2], rtol=1e-5, atol=1e-7)
+
+
+def apart(model, tokens, targets, starts, state):
+    """The mean loss of documents, and of what rows begin with, each read by itself."""
+    losses, ends = [], []
+    for row in range(len(tokens)):
+        cuts = [0, *(starts[row, 1:].nonzero()[:, 0] + 1).tolist(), L]
+        before = None if state is None or starts[row, 0] else state[row]
+        for left, right in pairwise(cuts):
+            output = model(tokens[row : row + 1, left:right], before)
+            some = targets[row, left:right]
+            losses.append(F.cross_entropy(output.logits[0], some, reduction="none"))
+            before = None
+        ends.append(output.state)
+    losses = torch.cat(losses)
+    return losses.sum() / (targets >= 0).sum(), ModelState.cat(ends)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("chunk", [None, 1, 8])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_documents_are_read_apart(model, batch, chunk, goes_on, share):
+    tokens, targets = batch
+    starts = torch.rand(2, L, device="cpu") < share
+    targets = targets.clone()
+    targets[:, :-1][starts[:, 1:]] = -100
+    if share == 1:
+        targets[:, -1] = 3  # else nothing is wanted
+    state = model(torch.randint(17, (2, 5))).state.detach() if goes_on else None
+    found = gradients(model, tokens, targets, state, starts=starts, chunk=chunk)
+    loss, end = apart(model, tokens, targets, starts, state)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    assert_close(found[0].double(), loss, rtol=1e-6, atol=0)
+    for layer, wanted in zip(found[1].layers, end.layers, strict=True):
+        assert_close(tuple(layer), tuple(wanted))
+    for gradient, wanted in zip(found[2], expected, strict=True):
+        assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_where_nothing_is_wanted_nothing_is_learnt(model, batch):
+    tokens, targets = batch
+    starts = torch.ones(2, L, dtype=torch.bool, device="cpu")
+    nothing = torch.full_like(targets, -100)
+    loss, _, found = gradients(model, tokens, nothing, starts=starts, chunk=8)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in found)
 
 
 def test_gradients_are_added_to_those_that_are_there(model, batch):

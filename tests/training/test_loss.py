@@ -64,6 +64,20 @@ def test_a_nan_reaches_the_loss():
     assert torch.isnan(cross_entropy(logits, targets))
 
 
+@pytest.mark.parametrize("block", [1, 30, 1 << 18])
+def test_steps_without_a_target_are_passed_over_whatever_their_logits(monkeypatch, block):
+    monkeypatch.setattr(module, "_BLOCK", block)
+    logits, targets = draw()
+    targets[0, 2:5] = targets[1, -1] = -100
+    want, grad = expected(logits, targets)
+    with torch.no_grad():
+        logits[targets < 0] = torch.nan
+    loss = cross_entropy(logits, targets)
+    loss.backward()
+    assert_close(loss.detach(), want)
+    assert_close(logits.grad, grad)
+
+
 def layer(b=2, l=7, m=5, v=11, dtype=torch.float32, weight_dtype=None):
     torch.manual_seed(0)
     x = torch.randn(b, l, m, dtype=dtype).requires_grad_()
@@ -92,6 +106,22 @@ def test_a_layer_and_its_loss_are_pytorchs_two(monkeypatch, logits, fused):
     ):
         assert gradient.dtype == torch.float64
         assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [linear_cross_entropy, without_logits])
+@pytest.mark.parametrize("unwanted", [[0, 5], range(14)])
+def test_a_layer_and_its_loss_pass_over_steps_without_a_target(fused, unwanted):
+    x, weight, targets = layer()
+    targets.view(-1)[list(unwanted)] = -1
+    loss = fused(x, weight, targets)
+    logits = (x @ weight.T).flatten(0, 1)
+    want = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+    want = want / max(1, 14 - len(unwanted))
+    assert_close(loss, want)
+    for gradient, expected in zip(
+        *(torch.autograd.grad(each, (x, weight)) for each in (loss, want)), strict=True
+    ):
+        assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
@@ -157,4 +187,5 @@ def test_the_compiled_score_is_the_score():
     torch.compiler.reset()
     logits, targets = draw(l=9)
     rows, targets = logits.detach()[0], targets[0]
+    targets[3] = -100
     assert_close(module._compiled_score()(rows, targets), module._score(rows, targets))

@@ -10,11 +10,14 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mambakit import MambaConfig
+from mambakit.data import PackedBatches
 from mambakit.models import MambaLM
 from mambakit.ops import _backends
 from mambakit.training import Interrupted, load_run, parse_config, resume, train, trainer
@@ -73,6 +76,19 @@ def interrupt_after(monkeypatch, step, number=signal.SIGINT):
 
 def with_training(config, **changes):
     return replace(config, training=replace(config.training, **changes))
+
+
+@pytest.fixture
+def documents(tables, tmp_path):
+    """A run over lines, each a document that is read from no state."""
+    lines = (tmp_path / "text.txt").read_text().split("\n")
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    for i, line in enumerate(lines[:150]):
+        (folder / f"{i:03}.txt").write_text(line)
+    tables["data"] |= {"files": [str(folder)], "separator": "\n"}
+    tables["training"]["reset_at_documents"] = True
+    return parse_config(tables)
 
 
 def test_a_run_learns_and_writes_its_folder(tables, tmp_path):
@@ -152,6 +168,57 @@ def test_interrupted_and_resumed_is_uninterrupted(config, tmp_path, monkeypatch,
     torch.manual_seed(999)  # another process starts with other random numbers
     train(config, tmp_path / "cut", resume=True, say=quiet)
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("batches", "chunk"), [("packed", None), ("continuing", 8)])
+def test_runs_that_reset_at_documents_resume_too(
+    documents, tmp_path, monkeypatch, batches, chunk
+):
+    config = with_training(documents, batches=batches, chunk=chunk, accumulate=2)
+    train(config, tmp_path / "whole", say=quiet)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "cut", say=quiet)
+    torch.manual_seed(999)
+    train(config, tmp_path / "cut", resume=True, say=quiet)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resetting_at_documents_is_another_run(documents, tmp_path):
+    train(documents, tmp_path / "apart", say=quiet)
+    train(with_training(documents, reset_at_documents=False), tmp_path / "one", say=quiet)
+    for one, other in zip(losses(tmp_path / "apart"), losses(tmp_path / "one"), strict=True):
+        assert one["loss"] != other["loss"]
+    with pytest.raises(ValueError, match="reset_at_documents must stay True to resume"):
+        train(
+            with_training(documents, reset_at_documents=False),
+            tmp_path / "apart",
+            resume=True,
+            say=quiet,
+        )
+
+
+def test_batches_of_fewer_targets_weigh_less(documents, monkeypatch):
+    """The gradient of an update is that of the mean over all targets of its batches."""
+    training = documents.training
+    tokens = np.arange(200) % 50
+    ends = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 80, 200])
+    machine = trainer.Machine(torch.device("cpu"), None, "as asked")
+    gradients = []
+    for batch_size, accumulate in ((1, 6), (6, 1)):
+        torch.manual_seed(0)
+        model = MambaLM(MambaConfig(d_model=8, n_layer=1, vocab_size=50))
+        learner = trainer.Learner(
+            model,
+            PackedBatches(tokens, batch_size=batch_size, length=32, seed=0, documents=ends),
+            replace(training, batch_size=batch_size, accumulate=accumulate),
+            machine,
+        )
+        monkeypatch.setattr(learner.optimizer, "zero_grad", lambda set_to_none: None)
+        loss, norm = learner.step(0.0).tolist()
+        gradients.append((loss, norm, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(*gradients)
 
 
 def test_continuing_batches_carry_their_state(config, tmp_path):

@@ -5,9 +5,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
+
+NO_TARGET = -100
+"""What stands for a target where none is wanted; PyTorch's own losses pass over it too."""
 
 
 class Batch(NamedTuple):
@@ -15,14 +18,35 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: Tokens, int64.
-        targets: The token after each input.
+        targets: The token after each input; ``NO_TARGET`` after the last of a document, where
+            documents are told apart.
         fresh: ``True`` where the rows do not continue those of the batch before, so that
             the model must start from no state.
+        starts: Which inputs are the first of a document, so that the model must start from no
+            state there too; ``None`` where documents are one text.
     """
 
     inputs: Int[Tensor, "b l"]
     targets: Int[Tensor, "b l"]
     fresh: bool
+    starts: Bool[Tensor, "b l"] | None = None
+
+
+def find_starts(
+    documents: NDArray[np.int64], begins: NDArray[np.int64], length: int
+) -> Bool[Tensor, "b l"]:
+    """Say which tokens of the windows that begin at ``begins`` are the first of a document.
+
+    Example:
+        >>> find_starts(np.array([0, 3, 4, 9]), np.array([2, 0]), length=4)
+        tensor([[False,  True,  True, False],
+                [ True, False, False,  True]])
+    """
+    starts = np.zeros((len(begins), length), dtype=bool)
+    for row, begin in zip(starts, begins, strict=True):
+        some = slice(*np.searchsorted(documents, (begin, begin + length)))
+        row[documents[some] - begin] = True
+    return torch.from_numpy(starts)
 
 
 class Batches(Protocol):
@@ -39,14 +63,6 @@ class Batches(Protocol):
     def load_state_dict(self, place: dict[str, int]) -> None:
         """Go to a place that ``state_dict`` gave."""
         ...
-
-
-def _gather(tokens: NDArray, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
-    rows = np.empty((len(starts), length + 1), dtype=np.int64)
-    for row, start in zip(rows, starts, strict=True):
-        row[:] = tokens[start : start + length + 1]
-    whole = torch.from_numpy(rows)
-    return whole[:, :-1], whole[:, 1:]
 
 
 class _Epochs(ABC):
@@ -67,11 +83,20 @@ class _Epochs(ABC):
         length: int,
         seed: int,
         name: str = "training",
+        documents: NDArray[np.int64] | None = None,
     ) -> None:
         kind = type(self).__name__
         for argument, value in (("batch_size", batch_size), ("length", length)):
             if value < 1:
                 raise ValueError(f"{kind}: {argument} must be at least 1, got {value}")
+        if documents is not None and (
+            [*documents[:1], *documents[-1:]] != [0, len(tokens)]
+            or np.any(documents[1:] < documents[:-1])
+        ):
+            raise ValueError(
+                f"{kind}: documents must be boundaries that rise from 0 to {len(tokens)}, the "
+                f"number of tokens, got {documents}"
+            )
         # a batch of more windows than the text has would hold some of them several times
         needed = batch_size * length + 1
         if len(tokens) < needed:
@@ -81,7 +106,7 @@ class _Epochs(ABC):
                 "batch_size or length"
             )
         self._tokens, self._batch_size, self._length = tokens, batch_size, length
-        self._seed = seed
+        self._seed, self._documents = seed, documents
         self._go_to(epoch=0, position=0)
 
     def _go_to(self, epoch: int, position: int) -> None:
@@ -96,6 +121,20 @@ class _Epochs(ABC):
         """Draw where the text begins so that ``rows`` windows, and a target more, are left."""
         spare = len(self._tokens) - 1 - rows * self._length
         return int(random.integers(0, min(self._length, spare + 1)))
+
+    def _read(self, begins: NDArray[np.int64], fresh: bool) -> Batch:
+        """Read the windows that begin at these places of the text."""
+        size = self._length + 1
+        rows = np.empty((len(begins), size), dtype=np.int64)
+        for row, begin in zip(rows, begins, strict=True):
+            row[:] = self._tokens[begin : begin + size]
+        whole = torch.from_numpy(rows)
+        inputs, targets = whole[:, :-1], whole[:, 1:]
+        if self._documents is None:
+            return Batch(inputs, targets, fresh)
+        starts = find_starts(self._documents, begins, size)
+        targets = targets.masked_fill(starts[:, 1:], NO_TARGET)
+        return Batch(inputs, targets, fresh, starts[:, :-1])
 
     def state_dict(self) -> dict[str, int]:
         """Give the epoch and the number of windows taken from it."""
@@ -137,15 +176,18 @@ class PackedBatches(_Epochs):
         length: Inputs in each row ``l``.
         seed: Fixes the order.
         name: What to call the text in errors.
+        documents: Where documents begin and, last, where the text ends, as in a ``Shard``;
+            batches then say where they begin in them, and want no token of one document after
+            another. ``None`` makes one text of them all.
 
     Raises:
-        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, or a size is
-            below 1.
+        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, a size is
+            below 1, or ``documents`` are no boundaries of the text.
 
     Example:
         >>> batches = PackedBatches(np.arange(100), batch_size=2, length=8, seed=0)
         >>> place = batches.state_dict()
-        >>> inputs, targets, fresh = batches.next()
+        >>> inputs, targets, fresh, _ = batches.next()
         >>> bool((targets == inputs + 1).all()), fresh
         (True, True)
         >>> batches.load_state_dict(place)
@@ -172,8 +214,7 @@ class PackedBatches(_Epochs):
             self._position += len(taken)
             missing -= len(taken)
             starts.append(taken)
-        inputs, targets = _gather(self._tokens, np.concatenate(starts), self._length)
-        return Batch(inputs, targets, fresh=True)
+        return self._read(np.concatenate(starts), fresh=True)
 
 
 class ContinuingBatches(_Epochs):
@@ -190,10 +231,11 @@ class ContinuingBatches(_Epochs):
         length: Inputs in each row ``l``, over which gradients flow.
         seed: Fixes the offsets.
         name: What to call the text in errors.
+        documents: As in ``PackedBatches``.
 
     Raises:
-        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, or a size is
-            below 1.
+        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, a size is
+            below 1, or ``documents`` are no boundaries of the text.
 
     Example:
         >>> batches = ContinuingBatches(np.arange(100), batch_size=2, length=8, seed=0)
@@ -219,5 +261,4 @@ class ContinuingBatches(_Epochs):
         fresh = self._position == 0
         starts = self._starts + self._position * self._length
         self._position += 1
-        inputs, targets = _gather(self._tokens, starts, self._length)
-        return Batch(inputs, targets, fresh)
+        return self._read(starts, fresh)

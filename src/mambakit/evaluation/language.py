@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from mambakit.data import Tokenizer
+from mambakit.data.batches import NO_TARGET, find_starts
 from mambakit.data.text import find_documents
 from mambakit.models import MambaLM
+from mambakit.models.documents import pack_documents
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def evaluate_tokens(
     chunk: int = 1024,
     rows: int = 1,
     limit: int | None = None,
+    documents: NDArray[np.int64] | None = None,
 ) -> LanguageScore:
     """Score a text of tokens, reading it in chunks and carrying the state between them.
 
@@ -77,13 +80,15 @@ def evaluate_tokens(
             ``rows - 1`` tokens at the very end are left out; 1 is exact.
         limit: Score about so many tokens only, from the beginning of each part; ``None``
             means all.
+        documents: Where documents begin in the text and, last, where it ends: each is then read
+            from no state, and its first token is given. ``None`` makes one text of them all.
 
     Returns:
         The score of tokens 1 to k - 1: the first has nothing before it and is given.
 
     Raises:
-        ValueError: The text is too short, a token is outside the model's vocabulary, or
-            ``chunk``, ``rows`` or ``limit`` is below 1.
+        ValueError: The text is too short, no document has two tokens, a token is outside the
+            model's vocabulary, or ``chunk``, ``rows`` or ``limit`` is below 1.
     """
     for name, value in (("chunk", chunk), ("rows", rows), ("limit", limit)):
         if value is not None and value < 1:
@@ -95,7 +100,7 @@ def evaluate_tokens(
             f"evaluate_tokens: tokens must number at least {rows + 1}, got {len(tokens)}"
         )
     starts = part * np.arange(rows)
-    nats = torch.zeros((), dtype=torch.float64)
+    nats, scored = torch.zeros((), dtype=torch.float64), 0
     state = None
     was_training = model.training
     model.eval()
@@ -109,19 +114,41 @@ def evaluate_tokens(
                     f"{model.config.vocab_size}, got {window.max()}"
                 )
             batch = torch.from_numpy(window.astype(np.int64)).to(model.device)
-            logits, state = model(batch[:, :-1], state)
+            inputs, targets = batch[:, :-1], batch[:, 1:]
+            if documents is None:
+                logits, state = model(inputs, state)
+                scored += targets.numel()
+            else:
+                first = find_starts(documents, starts + begin, window.shape[1])
+                pack = pack_documents(inputs, first[:, :-1], state)
+                logits, after = model(pack.tokens, pack.state, cu_seqlens=pack.cu_seqlens)
+                state = after[pack.ends]
+                targets = targets.masked_fill(first[:, 1:].to(model.device), NO_TARGET)
+                scored += int((~first[:, 1:]).sum())
             losses = F.cross_entropy(
-                logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
+                logits.flatten(0, 1).float(),
+                targets.flatten(),
+                ignore_index=NO_TARGET,
+                reduction="none",
             )
             nats += losses.double().sum().cpu()
     finally:
         model.train(was_training)
-    scored = rows * length
+    if not scored:
+        raise ValueError(
+            "evaluate_tokens: documents must have tokens to score after their first, got none"
+        )
     return LanguageScore(nats.item(), scored, scored / tokens_per_byte)
 
 
 def evaluate_whole(
-    model: MambaLM, tokenizer: Tokenizer, tokens: NDArray, *, size: int, chunk: int = 1024
+    model: MambaLM,
+    tokenizer: Tokenizer,
+    tokens: NDArray,
+    *,
+    size: int,
+    chunk: int = 1024,
+    documents: NDArray[np.int64] | None = None,
 ) -> LanguageScore:
     """Score a text from its first token on, as a complete code for its bytes.
 
@@ -134,13 +161,15 @@ def evaluate_whole(
         tokens: The text ``(k,)``, k >= 1.
         size: How many bytes the text has.
         chunk: Steps that run at once; it bounds the memory only.
+        documents: As in ``evaluate_tokens``; nothing precedes the first token of each.
 
     Raises:
         ValueError: A token is outside the model's vocabulary, or ``chunk`` is below 1.
     """
-    score = LanguageScore(math.log(tokenizer.vocab_size), 1, 0)
-    if len(tokens) > 1:
-        score += evaluate_tokens(model, tokens, chunk=chunk)
+    first = 1 if documents is None else len(np.unique(documents)) - 1
+    score = LanguageScore(first * math.log(tokenizer.vocab_size), first, 0)
+    if len(tokens) > first:
+        score += evaluate_tokens(model, tokens, chunk=chunk, documents=documents)
     return LanguageScore(score.nats, score.tokens, size)
 
 

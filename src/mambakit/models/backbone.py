@@ -1,14 +1,48 @@
 """Tokens to hidden vectors: embedding, the stack of blocks, the last norm."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambakit.modules import Block, Mamba, RMSNorm
 from mambakit.ops._backends import Backend
+from mambakit.ops._packing import Packing, arrange, bounds
 
 from .config import MambaConfig
 from .state import ModelState
+
+
+def pack_tokens(
+    tokens: Int[Tensor, "b l"],
+    cu_seqlens: Int[Tensor, " s+1"] | None,
+    lengths: Int[Tensor, " b"] | None,
+    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None,
+) -> tuple[Int[Tensor, "b l"], Int[Tensor, " s+1"] | None, Packing | None]:
+    """Check a model's tokens and what tells sequences apart, and leave out the padding.
+
+    Returns:
+        The tokens, as they are or as a pack; ``cu_seqlens`` of the pack, if it is one; and what
+        brings its tokens back to padded rows, if they were.
+
+    Raises:
+        ValueError: As ``MambaLM`` says.
+    """
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"MambaLM: tokens must be a tensor, got {type(tokens).__name__}")
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"MambaLM: tokens must be int64 or int32 of shape (b, l), "
+            f"got {str(tokens.dtype).removeprefix('torch.')} of shape {tuple(tokens.shape)}"
+        )
+    b, l = tokens.shape
+    cu_seqlens, packing = arrange(
+        "MambaLM", b, l, tokens.device, cu_seqlens, lengths, attention_mask
+    )
+    if packing is not None:
+        tokens = packing.pack(tokens)
+    elif cu_seqlens is not None and not torch.compiler.is_compiling():
+        bounds("MambaLM", cu_seqlens, l)
+    return tokens, cu_seqlens, packing
 
 
 class Backbone(nn.Module):
@@ -87,40 +121,49 @@ class Backbone(nn.Module):
         tokens: Int[Tensor, "b l"],
         state: ModelState | None = None,
         *,
+        cu_seqlens: Int[Tensor, " s+1"] | None = None,
+        lengths: Int[Tensor, " b"] | None = None,
+        attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
         last_only: bool = False,
     ) -> tuple[Float[Tensor, "b _ m"], ModelState]:
         """Return the normalised vectors and the state after the last token.
 
-        ``state=None`` begins a sequence. With ``last_only`` the vector of the last position
-        alone comes back, with ``l = 1``.
+        ``state=None`` begins a sequence. ``cu_seqlens``, ``lengths`` and ``attention_mask``
+        tell sequences apart as in ``MambaLM``; vectors of padding are 0. With ``last_only`` the
+        vector of the last position alone comes back, with ``l = 1``: of each row, or of each
+        sequence of a pack.
 
         Raises:
-            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)``, or ``state`` is of
-                a model of other sizes or of another number of sequences.
+            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)``, ``state`` is of a
+                model of other sizes or of another number of sequences, or the keyword that
+                tells sequences apart does not fit ``tokens``.
         """
-        if not isinstance(tokens, Tensor):
-            raise ValueError(f"MambaLM: tokens must be a tensor, got {type(tokens).__name__}")
-        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"MambaLM: tokens must be int64 or int32 of shape (b, l), "
-                f"got {str(tokens.dtype).removeprefix('torch.')} of shape {tuple(tokens.shape)}"
-            )
+        tokens, cu_seqlens, packing = pack_tokens(tokens, cu_seqlens, lengths, attention_mask)
         if state is not None:
-            self._check_state(state, tokens)
+            self._check_state(state, tokens, cu_seqlens)
 
         x = self.embedding(tokens)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         after = []
         for i, block in enumerate(self.layers):
-            x, layer = block(x, None if state is None else state.layers[i])
+            before = None if state is None else state.layers[i]
+            x, layer = block(x, before, cu_seqlens=cu_seqlens)
             after.append(layer)
-        if last_only:
+        if last_only and cu_seqlens is not None:
+            x = x[0, cu_seqlens[1:].to(x.device) - 1, None]
+        elif last_only:
             x = x[:, -1:]
-        return self.norm_f(x), ModelState(tuple(after))
+        x = self.norm_f(x)
+        if packing is not None and not last_only:
+            x = packing.unpack(x)
+        return x, ModelState(tuple(after))
 
-    def _check_state(self, state: ModelState, tokens: Tensor) -> None:
-        config, b = self.config, tokens.shape[0]
+    def _check_state(
+        self, state: ModelState, tokens: Tensor, cu_seqlens: Tensor | None
+    ) -> None:
+        config = self.config
+        rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if not isinstance(state, ModelState):
             raise ValueError(
                 f"MambaLM: state must be a ModelState or None, got {type(state).__name__}"
@@ -141,8 +184,9 @@ class Backbone(nn.Module):
                         f"MambaLM: state must have {name} of (b, {config.d_inner}, {size}) in "
                         f"layer {i}, got {tuple(shape)}: it is another model's"
                     )
-                if shape[0] != b:
+                if shape[0] != rows:
+                    what = "tokens" if cu_seqlens is None else "the pack"
                     raise ValueError(
-                        f"MambaLM: state must hold as many sequences as tokens, {b}, "
+                        f"MambaLM: state must hold as many sequences as {what}, {rows}, "
                         f"got {shape[0]}"
                     )

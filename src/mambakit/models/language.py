@@ -4,13 +4,13 @@ import os
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambakit.modules import Linear
 from mambakit.ops._backends import Backend
 
-from .backbone import Backbone
+from .backbone import Backbone, pack_tokens
 from .config import MambaConfig
 from .state import ModelState
 
@@ -82,27 +82,62 @@ class MambaLM(nn.Module):
         tokens: Int[Tensor, "b l"],
         state: ModelState | None = None,
         *,
+        cu_seqlens: Int[Tensor, " s+1"] | None = None,
+        lengths: Int[Tensor, " b"] | None = None,
+        attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
         last_only: bool = False,
     ) -> LMOutput:
         """Return the logits at each position and the state after the last token.
 
+        Sequences of several lengths share a call, each as if it were alone, in one of two ways:
+        laid end to end in one row, with ``cu_seqlens``, which is the faster; or padded, with
+        ``lengths`` or ``attention_mask``. Padding is left out before the first layer: what lies
+        there is never looked up.
+
         Args:
             tokens: Token ids, int64 or int32, each in ``[0, vocab_size)``. Any ``l >= 0``.
             state: What an earlier call returned, to go on with its sequences; ``None`` begins.
-            last_only: Score the last position only: ``logits`` are ``(b, 1, v)``. In prefill
-                this saves most of the output layer.
+            cu_seqlens: Where each of ``s`` sequences begins and, last, where the last one ends:
+                ``0 = cu_seqlens[0] < ... < cu_seqlens[s] = l``, int32 or int64, with ``b = 1``.
+                States are then those of ``s`` sequences. Best kept on the CPU: from a GPU it
+                is fetched, which waits for the GPU.
+            lengths: Tokens of each row, which padding at the right follows. They and the mask
+                are fetched from a GPU too.
+            attention_mask: 1 or ``True`` at tokens, 0 at padding, which may be at the left or
+                at the right of a row; the ones are one run. States are those after each row's
+                last token and, coming in, before its first.
+            last_only: Score the last token of each row, or of each sequence of a pack, alone:
+                ``logits`` are ``(b, 1, v)`` or ``(s, 1, v)``. In prefill this saves most of the
+                output layer.
 
         Returns:
             ``logits`` in the dtype of the parameters, over the padded vocabulary, whose ids
-            from ``vocab_size`` on mean nothing; and the ``state``. Both carry gradients.
+            from ``vocab_size`` on mean nothing; 0 at padding; and the ``state``. Both carry
+            gradients.
 
         Raises:
-            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)``, or ``state`` is of
-                a model of other sizes or of another number of sequences.
+            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)``, ``state`` is of a
+                model of other sizes or of another number of sequences, more than one way is
+                used to tell sequences apart, or one that does not fit ``tokens``.
             RuntimeError: The backend that was named cannot run on this device.
+
+        Example:
+            >>> model = MambaLM(MambaConfig(d_model=16, n_layer=2, vocab_size=32))
+            >>> tokens = torch.randint(32, (1, 12))
+            >>> packed = model(tokens, cu_seqlens=torch.tensor([0, 5, 12]))
+            >>> alone = model(tokens[:, 5:])
+            >>> torch.testing.assert_close(packed.logits[:, 5:], alone.logits)
+            >>> mask = torch.tensor([[0] * 5 + [1] * 7])
+            >>> padded = model(tokens, attention_mask=mask)
+            >>> torch.testing.assert_close(padded.logits[:, 5:], alone.logits)
         """
-        x, state = self.backbone(tokens, state, last_only=last_only)
-        return LMOutput(self.lm_head(x), state)
+        # here, so that the output layer has no padding to score
+        tokens, cu_seqlens, packing = pack_tokens(tokens, cu_seqlens, lengths, attention_mask)
+        x, state = self.backbone(tokens, state, cu_seqlens=cu_seqlens, last_only=last_only)
+        logits = self.lm_head(x)
+        if packing is not None and not last_only:
+            logits = packing.unpack(logits)
+        return LMOutput(logits, state)
 
     def generate(self, tokens: Int[Tensor, "b l"], **settings: Any) -> Int[Tensor, "b l_out"]:
         """Continue ``tokens``, by the settings of ``mambakit.generation.generate``."""

@@ -27,7 +27,8 @@ from mambakit.ops.scan.fused import checkpoint_steps
 
 _INPUTS = (
     "Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
-    "Tensor A, Tensor D, Tensor dt_bias, Tensor? conv_state, Tensor? ssm_state"
+    "Tensor A, Tensor D, Tensor dt_bias, Tensor? conv_state, Tensor? ssm_state, "
+    "Tensor? cu_seqlens"
 )
 _GRADIENTS = (
     "Tensor dxz, Tensor dconv_weight, Tensor dconv_bias, Tensor dx_proj, Tensor ddt_proj, "
@@ -62,17 +63,20 @@ def _forward(
     dt_bias: Tensor,
     conv_state: Tensor | None,
     ssm_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     steps: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = A.shape[1]
     x, z = xz.chunk(2, dim=-1)
-    u, conv_last = torch.ops.mambakit.causal_conv1d(x, conv_weight, conv_bias, conv_state, True)
+    u, conv_last = torch.ops.mambakit.causal_conv1d(
+        x, conv_weight, conv_bias, conv_state, cu_seqlens, True
+    )
     projected = _product(u, x_proj)
     dt_low, B, C = projected.split((dt_proj.shape[1], n, n), dim=-1)
     dt = _product(dt_low, dt_proj)
     y, ssm_last, checkpoints = torch.ops.mambakit.selective_scan(
-        u, dt, A, B, C, D, z, dt_bias, ssm_state, True, steps, save
+        u, dt, A, B, C, D, z, dt_bias, ssm_state, cu_seqlens, True, steps, save
     )
     return y, conv_last, ssm_last, projected, checkpoints
 
@@ -91,19 +95,22 @@ def _backward(
     dt_bias: Tensor,
     conv_state: Tensor | None,
     ssm_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     projected: Tensor,
     checkpoints: Tensor,
 ) -> tuple[Tensor, ...]:
     r, n = dt_proj.shape[1], A.shape[1]
     x, z = xz.chunk(2, dim=-1)
     dt_low, B, C = projected.split((r, n, n), dim=-1)
-    u, _ = torch.ops.mambakit.causal_conv1d(x, conv_weight, conv_bias, conv_state, True)
+    u, _ = torch.ops.mambakit.causal_conv1d(
+        x, conv_weight, conv_bias, conv_state, cu_seqlens, True
+    )
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
     du, ddt, dA, dB, dC, dD, ddt_bias, dssm_state = (
         torch.ops.mambakit.selective_scan_backward.into(
             dy, dssm_last, u, _product(dt_low, dt_proj), A, B, C, D, z, dt_bias, ssm_state,
-            checkpoints, True, dgate=dz,
+            cu_seqlens, checkpoints, True, dgate=dz,
         )
     )  # fmt: skip
     ddt = ddt.flatten(0, 1)
@@ -114,7 +121,7 @@ def _backward(
     du.flatten(0, 1).addmm_(dprojected, x_proj)
     del u
     dconv_weight, dconv_bias, dconv_state = torch.ops.mambakit.causal_conv1d_backward.into(
-        du, dconv_last, x, conv_weight, conv_bias, conv_state, True, dx=dx
+        du, dconv_last, x, conv_weight, conv_bias, conv_state, cu_seqlens, True, dx=dx
     )
     return (
         dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, dA, dD, ddt_bias, dconv_state,
@@ -155,7 +162,10 @@ class _Gradient(torch.autograd.Function):
         gradients = torch.ops.mambakit.mix_backward(
             dy, dconv_last, dssm_last, *inputs, projected, checkpoints
         )
-        return tuple(None if t is None else g for t, g in zip(inputs, gradients, strict=True))
+        *differentiable, _ = inputs
+        return *(
+            None if t is None else g for t, g in zip(differentiable, gradients, strict=True)
+        ), None
 
 
 @torch.library.impl(_FORWARD, "Autograd")
@@ -189,6 +199,7 @@ def mix(
     dt_bias: Tensor,
     conv_state: Tensor | None,
     ssm_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``y`` (b, l, d) and the states after the last step, as the module's page says.
 
@@ -197,6 +208,6 @@ def mix(
     """
     y, conv_last, ssm_last, _, _ = torch.ops.mambakit.mix(
         xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, conv_state, ssm_state,
-        checkpoint_steps(xz.device), False,
+        cu_seqlens, checkpoint_steps(xz.device), False,
     )  # fmt: skip
     return y, conv_last, ssm_last

@@ -1,9 +1,10 @@
 """One layer of the stack: normalise, mix along time, add to the residual stream."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ._sequences import to_pack
 from .mamba import Mamba, MixerState
 from .norm import RMSNorm
 
@@ -14,7 +15,7 @@ class Block(nn.Module):
         y = x + mixer(norm(x))
 
     Args:
-        mixer: Maps ``(x, state)`` to ``(y, state)`` at width ``m``.
+        mixer: Maps ``(x, state, cu_seqlens=...)`` to ``(y, state)`` at width ``m``.
         m: Width of the stream.
         norm_eps: ``eps`` of the RMSNorm.
         device: Where the norm's gain is made.
@@ -46,8 +47,19 @@ class Block(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, x: Float[Tensor, "b l m"], state: MixerState | None = None
+        self,
+        x: Float[Tensor, "b l m"],
+        state: MixerState | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " s+1"] | None = None,
+        lengths: Int[Tensor, " b"] | None = None,
+        attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l m"], MixerState]:
-        """Return the stream after this layer, and the state; ``None`` begins a sequence."""
-        y, state = self.mixer(self.norm(x), state)
-        return x + y, state
+        """Return the stream after this layer, and the state; ``None`` begins a sequence.
+
+        The keywords tell sequences apart as in ``Mamba``; at padding the stream becomes 0.
+        """
+        x, cu_seqlens, packing = to_pack("Block", x, cu_seqlens, lengths, attention_mask)
+        y, state = self.mixer(self.norm(x), state, cu_seqlens=cu_seqlens)
+        x = x + y
+        return (x if packing is None else packing.unpack(x)), state

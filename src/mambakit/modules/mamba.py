@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambakit.ops import causal_conv1d, selective_scan
@@ -15,6 +15,7 @@ from mambakit.ops._shapes import check_floats
 
 from ._parameters import at_least_float32, exempt_from_decay
 from ._recompute import mix
+from ._sequences import to_pack
 from .linear import Linear, linear
 
 
@@ -243,26 +244,36 @@ class Mamba(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(
-        self, x: Float[Tensor, "b l m"], state: MixerState | None = None
+        self,
+        x: Float[Tensor, "b l m"],
+        state: MixerState | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " s+1"] | None = None,
+        lengths: Int[Tensor, " b"] | None = None,
+        attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l m"], MixerState]:
         """Mix ``x`` along time, going on from ``state``, and return the state after it too.
 
-        ``state=None`` begins a sequence. Gradients flow through both states.
+        ``state=None`` begins a sequence. Gradients flow through both states. Sequences of
+        several lengths share a call, each as if it were alone, by one of the keywords
+        ``cu_seqlens``, ``lengths`` and ``attention_mask``, which mean what they mean to
+        ``selective_scan``: states are then those of the sequences, and ``y`` is 0 at padding.
 
         Raises:
-            ValueError: ``x`` or ``state`` has other sizes than the module or than each other.
+            ValueError: ``x`` or ``state`` has other sizes than the module or than each other,
+                or the keyword that tells sequences apart does not fit ``x``.
             RuntimeError: The backend that was named cannot run on the device of ``x``.
         """
+        x, cu_seqlens, packing = to_pack("Mamba", x, cu_seqlens, lengths, attention_mask)
         xz = self.in_proj(x)
-        before = (None, None) if state is None else state
-        if self._recomputes(xz):
-            y, conv, ssm = self._mix_lean(xz, *before)
-        else:
-            y, conv, ssm = self._mix(xz, *before)
-        return self.out_proj(y), MixerState(conv, ssm)
+        conv, ssm = (None, None) if state is None else state
+        mixing = self._mix_lean if self._recomputes(xz) else self._mix
+        y, conv, ssm = mixing(xz, conv, ssm, cu_seqlens)
+        y = self.out_proj(y)
+        return (y if packing is None else packing.unpack(y)), MixerState(conv, ssm)
 
     def _mix(
-        self, xz: Tensor, conv: Tensor | None, ssm: Tensor | None
+        self, xz: Tensor, conv: Tensor | None, ssm: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         u, z = xz.chunk(2, dim=-1)
         u, conv = causal_conv1d(
@@ -271,6 +282,7 @@ class Mamba(nn.Module):
             self.conv1d.bias,
             activation="silu",
             state=conv,
+            cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
         n = self.d_state
@@ -288,6 +300,7 @@ class Mamba(nn.Module):
             dt_bias=self.dt_proj.bias,
             dt_softplus=True,
             state=ssm,
+            cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
         return y, conv, ssm
@@ -308,14 +321,15 @@ class Mamba(nn.Module):
         )
 
     def _mix_lean(
-        self, xz: Tensor, conv: Tensor | None, ssm: Tensor | None
+        self, xz: Tensor, conv: Tensor | None, ssm: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         check_floats("Mamba", x=xz, conv=conv, ssm=ssm)
-        b, d, w = xz.shape[0], *self.conv1d.weight.shape[::2]
+        rows = xz.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        d, w = self.conv1d.weight.shape[::2]
         for name, part, size in (("conv", conv, w - 1), ("ssm", ssm, self.d_state)):
-            if part is not None and part.shape != (b, d, size):
+            if part is not None and part.shape != (rows, d, size):
                 raise ValueError(
-                    f"Mamba: state must have {name} of shape ({b}, {d}, {size}), "
+                    f"Mamba: state must have {name} of shape ({rows}, {d}, {size}), "
                     f"got {tuple(part.shape)}"
                 )
         return mix(
@@ -329,6 +343,7 @@ class Mamba(nn.Module):
             self.dt_proj.bias,
             conv,
             ssm,
+            cu_seqlens,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Mamba":

@@ -144,4 +144,81 @@ DEVICE void await(const int* flag) {
     __syncwarp();
 }
 
+// Four bytes out of the eight of low and high; each half-byte of `order` names one, the first that
+// of the lowest.
+DEVICE unsigned int byte_permute(unsigned int low, unsigned int high, unsigned int order) {
+    return __byte_perm(low, high, order);
+}
+
+// Ask for the 128 bytes around an address to be brought into the GPU's own cache.
+DEVICE void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(global));
+}
+
+// Read from the cache that all multiprocessors share, past a multiprocessor's own, which need not
+// know yet what another kernel has just written: for 2, 4 or 16 bytes. Such reads stay behind
+// await_kernels() and barriers, and may pass this thread's own writes, which they must not need.
+DEVICE float load_shared_cache(const float* global) {
+    float y;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(y) : "l"(global));
+    return y;
+}
+DEVICE unsigned short load_shared_cache(const unsigned short* global) {
+    unsigned short y;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(y) : "l"(global));
+    return y;
+}
+DEVICE uint4 load_shared_cache(const uint4* global) {
+    uint4 y;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+                 : "l"(global));
+    return y;
+}
+
+// The same address, of which the compiler now knows that it is in global memory, as it knows of those
+// that are a kernel's arguments.
+template <class T> DEVICE T* in_global(T* address) {
+    __builtin_assume(__isGlobal(address));
+    return address;
+}
+
+// A kernel that was launched to overlap the one before it may start before that one has ended.
+// await_kernels() returns when all earlier kernels have ended and what they wrote is there; every
+// thread of such a kernel calls it, and reads before it only what no kernel near it writes. In
+// other kernels it does nothing. release_kernels() lets the next kernel start, if that was
+// launched so, when all blocks have called it or ended.
+DEVICE void await_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void release_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #include "_scalars.cuh"
+
+// c += a b on the tensor cores, by a warp together: c (16, 8) in float, a (16, 16) and b (16, 8) of
+// 16-bit numbers, two to a word. Lane 4 g + t has
+//   a: rows g, g + 8, g, g + 8; columns 2 t, 2 t + 1 in the first two words, 8 more in the others
+//   b: column g; rows 2 t, 2 t + 1 in the first word, 8 more in the second
+//   c: columns 2 t, 2 t + 1 of row g, then those of row g + 8.
+DEVICE void multiply_tiles(float* c, const unsigned int* a, unsigned int b0, unsigned int b1, bf16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)
+    );
+}
+DEVICE void multiply_tiles(float* c, const unsigned int* a, unsigned int b0, unsigned int b1, fp16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)
+    );
+}

@@ -70,8 +70,14 @@ class Kernel:
         threads: int,
         arguments: ctypes.Structure,
         shared_bytes: int = 0,
+        *,
+        overlaps: bool = False,
     ) -> None:
         """Queue the kernel on torch's current stream of its GPU; the arguments are copied.
+
+        One that ``overlaps`` may start before the kernel before it has ended, for whose results
+        it waits itself (``await_kernels`` in ``_cuda.cuh``). GPUs can from compute capability
+        9.0 on.
 
         Raises:
             RuntimeError: The driver refused the launch; the message says why.
@@ -79,17 +85,46 @@ class Kernel:
         device = self._device
         if torch._C._cuda_getDevice() != device:
             with torch.cuda.device(device):
-                self.launch(grid, threads, arguments, shared_bytes)
+                self.launch(grid, threads, arguments, shared_bytes, overlaps=overlaps)
             return
         if device not in _entered.devices:
             _enter(device, self._context)
         parameter = ctypes.c_void_p(ctypes.addressof(arguments))
-        (status,) = self._launch(
-            *(self._function, *grid, threads, 1, 1, shared_bytes),
-            *(torch._C._cuda_getCurrentRawStream(device), ctypes.addressof(parameter), 0),
-        )
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if overlaps:
+            status = self._launch_overlapping(grid, threads, parameter, shared_bytes, stream)
+        else:
+            (status,) = self._launch(
+                *(self._function, *grid, threads, 1, 1, shared_bytes),
+                *(stream, ctypes.addressof(parameter), 0),
+            )
         if status:
             _check("driver", status, f"launch {self.name} on a grid of {grid}")
+
+    def _launch_overlapping(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        parameter: ctypes.c_void_p,
+        shared_bytes: int,
+        stream: int,
+    ) -> Any:
+        from cuda.bindings import driver
+
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
+        config.attrs, config.numAttrs = [attribute], 1
+        (status,) = driver.cuLaunchKernelEx(
+            config, self._function, ctypes.addressof(parameter), 0
+        )
+        return status
 
 
 @cache

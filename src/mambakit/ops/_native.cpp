@@ -35,7 +35,7 @@ void run_on_threads(int threads, void (*work)(void*), void* data) {
 extern "C" {
 
 // Raised whenever a function's arguments change: a stale library beside new Python is refused.
-MK_EXPORT int mk_abi_version() { return 2; }
+MK_EXPORT int mk_abi_version() { return 3; }
 
 // The best library that this machine can run, as an index: 0 none, 1 baseline, 2 avx2, 3 avx512.
 // Only ever asked of the baseline library, whose own instructions are the oldest.

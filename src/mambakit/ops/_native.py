@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 # The codes of enum Dtype, by which the kernels are told how a tensor is stored.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

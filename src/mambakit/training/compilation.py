@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mambakit.models import MambaLM
 
@@ -67,3 +68,12 @@ def compile_blocks(model: MambaLM, *, backend: str | Callable = "inductor") -> N
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
     for block in model.backbone.layers:
         block.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+def let_rows_vary(*tensors: Tensor) -> None:
+    """Let what is compiled for these tensors serve any number of rows.
+
+    Every batch of documents has another number of sequences, and each would be compiled anew.
+    """
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)

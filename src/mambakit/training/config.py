@@ -115,6 +115,8 @@ class TrainingConfig:
             written to the run folder.
         batches: ``"packed"`` draws windows at random; ``"continuing"`` reads streams and
             carries the state (truncated backpropagation through time).
+        reset_at_documents: Whether each document is read from no state, as if it were alone,
+            and scored so too. Its first token is then no target, for nothing foretells it.
         batch_size: Rows in a batch.
         length: Tokens in a row.
         accumulate: Batches whose gradients are averaged for one update.
@@ -147,6 +149,7 @@ class TrainingConfig:
     steps: int | None = None
     minutes: float | None = None
     batches: Literal["packed", "continuing"] = "packed"
+    reset_at_documents: bool = False
     batch_size: int = 8
     length: int = 512
     accumulate: int = 1

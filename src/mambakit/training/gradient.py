@@ -4,12 +4,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambakit.models import MambaLM, ModelState
+from mambakit.models.documents import pack_documents
 
-from .loss import linear_cross_entropy
+from .compilation import let_rows_vary
+from .loss import count_targets, linear_cross_entropy
 
 
 def add_gradients(
@@ -18,6 +20,7 @@ def add_gradients(
     targets: Int[Tensor, "b l"],
     state: ModelState | None,
     *,
+    starts: Bool[Tensor, "b l"] | None = None,
     autocast: Callable[[], AbstractContextManager],
     chunk: int | None = None,
     share: float = 1.0,
@@ -32,15 +35,18 @@ def add_gradients(
     Args:
         model: The language model.
         tokens: What it reads.
-        targets: What comes after each of them.
+        targets: What comes after each of them; negative where nothing is wanted.
         state: What came before the tokens; it gets no gradient.
+        starts: Which tokens begin a document, which is read from no state; on the CPU. ``None``
+            means none does.
         autocast: Makes the context of the forward pass.
         chunk: Steps that are in memory at once, a divisor of l; ``None`` means all.
         share: Factor of the gradients: that of this batch in an average over several.
-        compiled: As in ``linear_cross_entropy``.
+        compiled: Whether the model's blocks are compiled; and as in ``linear_cross_entropy``.
 
     Returns:
-        The mean loss in nats, and the state after the last token; neither has a graph.
+        The mean loss in nats over the targets that are wanted, and the state after the last
+        token; neither has a graph.
 
     Example:
         >>> from contextlib import nullcontext
@@ -57,24 +63,27 @@ def add_gradients(
         >>> torch.testing.assert_close(*gradients)
     """
     l = tokens.shape[1]
-    pieces = list(zip(tokens.split(chunk or l, 1), targets.split(chunk or l, 1), strict=True))
+    size = chunk or l
+    pieces = list(zip(tokens.split(size, 1), targets.split(size, 1), strict=True))
+    cuts = [None] * len(pieces) if starts is None else list(starts.split(size, 1))
+    count = count_targets(targets)
     before = [state]
     with torch.no_grad(), autocast():
-        for piece, _ in pieces[:-1]:
-            before.append(model.backbone(piece, before[-1])[1])
+        for (piece, _), cut in zip(pieces[:-1], cuts, strict=False):
+            before.append(_read(model, piece, cut, before[-1], compiled)[1])
 
     total = torch.zeros((), device=tokens.device)
     last: ModelState | None = None
     after: list[Tensor | None] = []  # gradients to the state behind the chunk in hand
     while pieces:
-        (piece, wanted), start = pieces.pop(), before.pop()
+        (piece, wanted), cut, start = pieces.pop(), cuts.pop(), before.pop()
         leaves = [] if start is None or not pieces else _tensors(start)
         for leaf in leaves:
             leaf.requires_grad_()
         with autocast():
-            x, end = model.backbone(piece, start)
+            x, end = _read(model, piece, cut, start, compiled)
             loss = linear_cross_entropy(x, model.lm_head.weight, wanted, compiled=compiled)
-        loss = loss * (piece.shape[1] / l)
+        loss = loss * (count_targets(wanted) / count)
         sources: list[Tensor] = [loss * share]
         gradients: list[Tensor | None] = [None]
         for tensor, gradient in zip(_tensors(end), after, strict=False):
@@ -87,6 +96,23 @@ def add_gradients(
         last = end.detach() if last is None else last
     assert last is not None
     return total, last
+
+
+def _read(
+    model: MambaLM,
+    tokens: Tensor,
+    starts: Tensor | None,
+    state: ModelState | None,
+    compiled: bool,
+) -> tuple[Tensor, ModelState]:
+    """Return the vectors, of rows or of rows end to end, and the state after each row."""
+    if starts is None:
+        return model.backbone(tokens, state)
+    pack = pack_documents(tokens, starts, state)
+    if compiled:
+        let_rows_vary(pack.cu_seqlens, *(() if pack.state is None else _tensors(pack.state)))
+    x, after = model.backbone(pack.tokens, pack.state, cu_seqlens=pack.cu_seqlens)
+    return x, after[pack.ends]
 
 
 def _tensors(state: ModelState) -> list[Tensor]:

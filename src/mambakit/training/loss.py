@@ -20,27 +20,37 @@ def _blocks(rows: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def count_targets(targets: Int[Tensor, "*batch"]) -> Int[Tensor, ""]:
+    """Return how many targets are wanted, and at least 1: the mean over none is 0."""
+    return (targets >= 0).sum().clamp(min=1)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         normalizers = torch.empty(len(targets), device=logits.device)
         for rows in _blocks(*logits.shape):
             normalizers[rows] = torch.logsumexp(logits[rows].float(), dim=-1)
+        count, wanted, targets = count_targets(targets), targets >= 0, targets.clamp(min=0)
         picked = logits.gather(1, targets[:, None])[:, 0].float()
-        ctx.save_for_backward(logits, targets, normalizers)
-        return (normalizers - picked).mean()
+        ctx.save_for_backward(logits, targets, normalizers, wanted, count)
+        return (normalizers - picked).masked_fill_(~wanted, 0).sum() / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, targets, normalizers = ctx.saved_tensors
-        scale = grad / len(targets)
+        logits, targets, normalizers, wanted, count = ctx.saved_tensors
+        scale = grad / count
         out = torch.empty_like(logits)
+        # a pass more over the block, which a CPU can tell to be needless
+        some_unwanted = not wanted.is_cpu or not bool(wanted.all())
         for rows in _blocks(*logits.shape):
             # (softmax - one_hot) * scale
             block = torch.sub(logits[rows], normalizers[rows, None]).exp_().mul_(scale)
             hit = (-scale).to(block.dtype).expand(block.shape[0], 1)
             block.scatter_add_(1, targets[rows, None], hit)
+            if some_unwanted:
+                block.masked_fill_(~wanted[rows, None], 0)
             out[rows] = block
         return out, None
 
@@ -48,7 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(
     logits: Float[Tensor, "b l v"], targets: Int[Tensor, "b l"]
 ) -> Float[Tensor, ""]:
-    """Average ``-ln softmax(logits)[target]`` over all steps, in float32.
+    """Average ``-ln softmax(logits)[target]`` over the steps that have a target, in float32.
 
     ``torch.nn.functional.cross_entropy`` keeps the log-probabilities, as large as the
     logits, from forward to backward, and before it a float32 copy if the logits are
@@ -56,13 +66,15 @@ def cross_entropy(
 
     Args:
         logits: Scores, in any floating dtype; the gradient has the same one.
-        targets: The token that came, int64, in ``0 <= target < v``.
+        targets: The token that came, int64, below ``v``. Steps whose target is negative, as
+            PyTorch's -100, are passed over, whatever their logits.
 
     Returns:
-        The mean in nats, float32.
+        The mean in nats, float32; 0 if no step has a target.
 
     Example:
         >>> logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+        >>> targets[0, 1] = -100
         >>> same = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         >>> torch.testing.assert_close(cross_entropy(logits, targets), same)
     """
@@ -78,11 +90,13 @@ Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of the rows' losses, and its gradient to the logits."""
+    """Return the sum of the losses of rows with a target, and its gradient to the logits."""
     logp = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    nats = -logp.gather(1, targets[:, None]).sum()
+    unwanted = targets[:, None] < 0
+    nats = -logp.gather(1, targets[:, None].clamp(min=0)).masked_fill(unwanted, 0).sum()
     picked = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    return nats, (logp.exp() - picked.to(torch.float32)).to(logits.dtype)
+    dlogits = (logp.exp() - picked.to(torch.float32)).masked_fill(unwanted, 0)
+    return nats, dlogits.to(logits.dtype)
 
 
 @cache
@@ -127,15 +141,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(dlogits, short, out=dx[some])
                 if dweight is not None:
                     _add_product(dweight, dlogits.T, part)
-        ctx.save_for_backward(dx, dweight)
-        ctx.rows, ctx.dtypes = rows, (x.dtype, weight.dtype)
-        return loss / rows
+        count = count_targets(targets)
+        ctx.save_for_backward(dx, dweight, count)
+        ctx.dtypes = x.dtype, weight.dtype
+        return loss / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made, scale = zip(ctx.saved_tensors, ctx.dtypes, strict=True), grad / ctx.rows
-        dx, dweight = (None if t is None else (t * scale).to(dtype) for t, dtype in made)
+        *made, count = ctx.saved_tensors
+        scale = grad / count
+        dx, dweight = (
+            None if t is None else (t * scale).to(dtype)
+            for t, dtype in zip(made, ctx.dtypes, strict=True)
+        )
         return dx, dweight, None, None, None
 
 
@@ -146,7 +165,7 @@ def linear_cross_entropy(
     *,
     compiled: bool = False,
 ) -> Float[Tensor, ""]:
-    """Average ``-ln softmax(weight x)[target]`` over all steps, and make no logits of a batch.
+    """Average ``-ln softmax(weight x)[target]`` over steps, and make no logits of a batch.
 
     The value and the gradients are those of ``cross_entropy(linear(x, weight), targets)``. On
     a GPU some thousand rows are scored at a time, and their gradients to ``x`` and ``weight``
@@ -158,11 +177,12 @@ def linear_cross_entropy(
         x: Hidden vectors.
         weight: The output layer's matrix; it may be the embedding's. The product has the dtype
             of ``torch.nn.functional.linear``, autocast considered.
-        targets: The token that came, int64, in ``0 <= target < v``.
+        targets: The token that came, int64, below ``v``; steps whose target is negative are
+            passed over.
         compiled: Let ``torch.compile`` fuse the softmax with its gradient, on a GPU.
 
     Returns:
-        The mean in nats, float32.
+        The mean in nats, float32; 0 if no step has a target.
 
     Example:
         >>> x, weight = torch.randn(2, 3, 4), torch.randn(5, 4)

@@ -15,7 +15,7 @@ from mambakit.evaluation import LanguageScore, evaluate_whole
 from mambakit.generation import generate
 from mambakit.models import MambaLM
 
-from .config import ReportConfig, load_config
+from .config import ReportConfig, RunConfig, load_config
 from .corpus import find_splits
 from .precision import resolve_device
 from .progress import count, format_seconds
@@ -26,12 +26,22 @@ Say = Callable[[str], None]
 
 
 def _score(
-    model: MambaLM, tokenizer: Tokenizer, documents: Sequence[Document], separator: str
+    model: MambaLM, tokenizer: Tokenizer, documents: Sequence[Document], config: RunConfig
 ) -> tuple[LanguageScore, bytes]:
     """Score documents laid end to end, separators and all, as they were in training."""
+    separator = config.data.separator
     data = b"".join(document.read() + separator.encode() for document in documents)
-    tokens = np.concatenate([encode_document(d, tokenizer, separator) for d in documents])
-    return evaluate_whole(model, tokenizer, tokens, size=len(data)), data
+    parts = [encode_document(d, tokenizer, separator) for d in documents]
+    score = evaluate_whole(
+        model,
+        tokenizer,
+        np.concatenate(parts),
+        size=len(data),
+        documents=np.cumsum([0, *map(len, parts)])
+        if config.training.reset_at_documents
+        else None,
+    )
+    return score, data
 
 
 def check_prompt(report: ReportConfig, tokenizer: Tokenizer) -> None:
@@ -94,7 +104,7 @@ def closing_report(folder: Path, *, say: Say = print) -> None:
     part = "test" if splits.test else "validation"
     documents = splits.test or splits.validation
     if documents:
-        score, data = _score(model, tokenizer, documents, config.data.separator)
+        score, data = _score(model, tokenizer, documents, config)
         squeezed = 8 * len(lzma.compress(data, preset=9)) / len(data)
         last = read_run_state(checkpoint_folder(folder, checkpoint_steps(folder)[-1]))
         learnt = sum(d.size for d in splits.train)

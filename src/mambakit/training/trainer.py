@@ -118,9 +118,13 @@ class Learner:
         Nothing here waits for the device: the caller reads the numbers when it needs them.
         """
         training, device = self._training, self._machine.device
+        batches = [self.batches.next() for _ in range(training.accumulate)]
+        wanted = [int((batch.targets >= 0).sum()) for batch in batches]
         losses = []
-        for _ in range(training.accumulate):
-            inputs, targets, fresh = self.batches.next()
+        for batch, wanted_here in zip(batches, wanted, strict=True):
+            # of all targets, so that the mean is over them and not over batches
+            share = wanted_here / max(1, sum(wanted))
+            inputs, targets = batch.inputs, batch.targets
             if device.type == "cuda":
                 inputs, targets = inputs.pin_memory(), targets.pin_memory()
             inputs = inputs.to(device, non_blocking=True)
@@ -129,20 +133,21 @@ class Learner:
                 self.model,
                 inputs,
                 targets,
-                None if fresh else self.state,
+                None if batch.fresh else self.state,
+                starts=batch.starts,
                 autocast=self.autocast,
                 chunk=training.chunk,
-                share=1 / training.accumulate,
+                share=share,
                 compiled=self.compilation.on,
             )
             self.state = state if training.batches == "continuing" else None
-            losses.append(loss)
+            losses.append(share * loss)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, training.clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([torch.stack(losses).mean(), norm])
+        return torch.stack([torch.stack(losses).sum(), norm])
 
 
 def make_batches(training: TrainingConfig, shard: Shard) -> Batches:
@@ -158,6 +163,7 @@ def make_batches(training: TrainingConfig, shard: Shard) -> Batches:
         length=training.length,
         seed=training.seed,
         name=shard.name,
+        documents=shard.documents if training.reset_at_documents else None,
     )
 
 
@@ -184,6 +190,7 @@ def _validate(learner: Learner, shard: Shard, training: TrainingConfig) -> Langu
             chunk=max(1, training.batch_size * training.length // rows),
             rows=rows,
             limit=count,
+            documents=shard.documents if training.reset_at_documents else None,
         )
 
 

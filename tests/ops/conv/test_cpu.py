@@ -5,6 +5,7 @@ import torch
 
 from mambakit.ops import _native
 from mambakit.ops.conv import cpu, reference
+from tests.ops import packs
 
 pytestmark = pytest.mark.cpu
 
@@ -48,6 +49,25 @@ def test_equals_the_reference(library, draw, assert_near, dtype, silu, size):
     for name, g, exact_g in zip(("x", "weight", "bias", "state"), got, gradients, strict=True):
         scale = exact_g.abs().max() if exact_g.numel() else 1.0
         assert_near(g / scale, exact_g / scale, message=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("lengths", [[5] * 60, [300, 1, 7, 128, 2], [1] * 9], ids=str)
+@pytest.mark.parametrize(("d", "w"), [(530, 4), (17, 1), (3, 40)])
+def test_a_pack_equals_the_reference(library, draw, assert_near, lengths, d, w):
+    cu_seqlens = packs.ends(lengths)
+    x, weight, bias, _ = draw(1, sum(lengths), d, w)
+    state = torch.randn(len(lengths), w - 1, d, dtype=x.dtype).mT
+    inputs = [t.requires_grad_() for t in (x, weight, bias, state)]
+    wanted = reference.conv(*inputs, True, cu_seqlens=cu_seqlens)
+    given = torch.randn_like(x), torch.randn_like(state)
+    gradients = torch.autograd.grad(wanted, inputs, given)
+    inputs = [t.detach() for t in inputs]
+    y, last = cpu.forward_in(library, *inputs, True, cu_seqlens)
+    assert_near(y, wanted[0])
+    assert torch.equal(last, wanted[1])
+    got = cpu.backward_in(library, *given, *inputs, True, cu_seqlens)
+    for name, g, exact in zip(("x", "weight", "bias", "state"), got, gradients, strict=True):
+        assert_near(g, exact, message=f"gradient of {name}")
 
 
 def test_a_lack_of_memory_is_one_sentence(monkeypatch, library, draw):

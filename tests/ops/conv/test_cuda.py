@@ -1,5 +1,7 @@
 """The convolution's CUDA kernels: on a GPU if one was asked for, else on the emulator."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -154,3 +156,83 @@ def test_cuts_fill_the_gpu_and_cover_all_steps():
             if l * units > 100 * room:
                 waves = units * splits / room
                 assert waves / -(-units * splits // room) > 0.9
+
+
+@pytest.fixture
+def pack(emulated):
+    """Draw a pack's operands, what arrives at its results, and ``cu_seqlens``."""
+
+    def make(lengths, d, w, dtype=torch.float32):
+        source = torch.Generator("cpu").manual_seed(0)
+        s, l = len(lengths), sum(lengths)
+        shapes = (1, l, d), (d, w), (d,), (s, d, w - 1), (1, l, d), (s, d, w - 1)
+        drawn = (torch.randn(shape, generator=source, device="cpu") for shape in shapes)
+        *given, dy, dlast = (t.to(emulated, dtype) for t in drawn)
+        return given, dy, dlast, torch.tensor([0, *lengths], device="cpu").cumsum(0)
+
+    return make
+
+
+# Sequences shorter than the window and longer than a block's steps, in one of several.
+LENGTHS = (1, 2, 40, 3, 170, 1, 1, 65)
+
+
+@pytest.mark.parametrize(
+    ("d", "w", "dtype"),
+    [(264, 4, torch.bfloat16), (3, 4, torch.float32), (16, 1, torch.float32),
+     (5, 12, torch.float32)],
+)  # fmt: skip
+@pytest.mark.parametrize("with_state", [True, False])
+def test_each_sequence_of_a_pack_is_what_it_is_alone(
+    emulated, pack, assert_near, monkeypatch, d, w, dtype, with_state
+):
+    given, dy, dlast, cu_seqlens = pack(LENGTHS, d, w, dtype)
+    x, weight, bias, state = given
+    spans = list(enumerate(pairwise(cu_seqlens.tolist())))
+    parts = [
+        (x[:, a:b], weight, bias, state[k : k + 1] if with_state else None)
+        for k, (a, b) in spans
+    ]
+    arriving = [(dy[:, a:b], dlast[k : k + 1]) for k, (a, b) in spans]
+    alone = [cuda.forward(*part, True) for part in parts]
+    back = [cuda.backward(*g, *part, True) for g, part in zip(arriving, parts, strict=True)]
+    sums = [torch.stack([g[i].double() for g in back]).sum(0) for i in (1, 2)]
+    if not with_state:
+        state = None
+    for most in (None, 2, 1000):
+        if most is not None:
+            monkeypatch.setattr(launch, "_cut", lambda *_, most=most: (1, most))
+        y, last = cuda.forward(x, weight, bias, state, True, cu_seqlens=cu_seqlens)
+        assert torch.equal(y, torch.cat([one[0] for one in alone], 1))
+        assert torch.equal(last, torch.cat([one[1] for one in alone]))
+        dx, dweight, dbias, dstate = cuda.backward(
+            dy, dlast, x, weight, bias, state, True, cu_seqlens=cu_seqlens
+        )
+        assert torch.equal(dx, torch.cat([g[0] for g in back], 1))
+        if with_state:
+            assert torch.equal(dstate, torch.cat([g[3] for g in back]))
+        for found, wanted in zip((dweight, dbias), sums, strict=True):
+            scale = wanted.abs().max()
+            assert_near(found / scale, wanted / scale)
+
+
+def test_a_nan_stays_in_its_sequence_of_a_pack(emulated, pack):
+    (x, weight, bias, state), dy, dlast, cu_seqlens = pack(LENGTHS, 16, 4)
+
+    def run(x, dy):
+        call = (x, weight, bias, state, True)
+        y, last = cuda.forward(*call, cu_seqlens=cu_seqlens)
+        dx, _, _, dstate = cuda.backward(dy, dlast, *call, cu_seqlens=cu_seqlens)
+        return y, dx, last, dstate
+
+    clean = run(x, dy)
+    a, b = cu_seqlens[2:4].tolist()
+    others = [k for k in range(len(LENGTHS)) if k != 2]
+    for spoilt in (0, 1):
+        pair = [x.clone(), dy.clone()]
+        pair[spoilt][0, a:b] = torch.nan
+        found = run(*pair)
+        for i in (0, 1):
+            assert torch.equal(found[i][:, :a], clean[i][:, :a])
+            assert torch.equal(found[i][:, b:], clean[i][:, b:])
+            assert torch.equal(found[i + 2][others], clean[i + 2][others])

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mambakit.ops import causal_conv1d
+from tests.ops import packs
 
 pytestmark = pytest.mark.usefixtures("fused")
 
@@ -20,12 +21,12 @@ def test_registration_is_sound(draw, requires_grad, optional, l):
     for t in inputs:
         if t is not None:
             t.requires_grad_(requires_grad)
-    torch.library.opcheck(torch.ops.mambakit.causal_conv1d.default, (*inputs, True))
+    torch.library.opcheck(torch.ops.mambakit.causal_conv1d.default, (*inputs, None, True))
     detached = [None if t is None else t.detach() for t in inputs]
     dlast = torch.randn(2, 3, 3) if optional else None
     torch.library.opcheck(
         torch.ops.mambakit.causal_conv1d_backward.default,
-        (torch.randn(2, l, 3), dlast, *detached, True),
+        (torch.randn(2, l, 3), dlast, *detached, None, True),
     )
 
 
@@ -33,7 +34,7 @@ def test_registration_is_sound(draw, requires_grad, optional, l):
 @pytest.mark.parametrize("l", [7, 0])
 def test_the_gradient_of_x_is_written_where_it_is_wanted(draw, l):
     x, weight, bias, state = draw(l=l, dtype=torch.float32)
-    call = (torch.randn(2, l, 3), torch.randn(2, 3, 3), x, weight, bias, state, True)
+    call = (torch.randn(2, l, 3), torch.randn(2, 3, 3), x, weight, bias, state, None, True)
     operator = torch.ops.mambakit.causal_conv1d_backward
     wanted = operator(*call)
     wide = torch.zeros(2, l, 6)
@@ -63,7 +64,7 @@ def test_registration_is_sound_when_dtypes_differ(draw):
     x, weight, bias, state = draw(dtype=torch.float32)
     x, bias = x.bfloat16(), bias.double()
     inputs = [t.requires_grad_() for t in (x, weight, bias, state)]
-    torch.library.opcheck(torch.ops.mambakit.causal_conv1d.default, (*inputs, True))
+    torch.library.opcheck(torch.ops.mambakit.causal_conv1d.default, (*inputs, None, True))
     y, last = causal_conv1d(x, weight, bias, activation="silu", state=state, backend="fused")
     gradients = torch.autograd.grad(y.sum() + last.sum(), inputs)
     assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
@@ -172,3 +173,48 @@ def test_exports_with_a_dynamic_length(draw, assert_near):
     longer = torch.randn(2, 50, 3)
     got = program.module()(longer, weight, bias)
     assert_near(got[0], causal_conv1d(longer, weight, bias, activation="silu").y)
+
+
+@pytest.mark.compiles
+def test_registration_is_sound_for_packs(draw):
+    x, weight, bias, _ = draw(b=1, dtype=torch.float32)
+    state, cu_seqlens = torch.randn(3, 3, 3), packs.ends([4, 1, 4])
+    inputs = [t.requires_grad_() for t in (x, weight, bias, state)]
+    operator = torch.ops.mambakit.causal_conv1d.default
+    torch.library.opcheck(operator, (*inputs, cu_seqlens, True))
+    detached = [t.detach() for t in inputs]
+    torch.library.opcheck(
+        torch.ops.mambakit.causal_conv1d_backward.default,
+        (torch.randn(1, 9, 3), torch.randn(3, 3, 3), *detached, cu_seqlens, True),
+    )
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("backend", ["fused", "parallel"])
+def test_compiles_to_one_graph_for_every_packing(draw, assert_near, backend):
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(causal_conv1d, fullgraph=True, backend=count)
+    x, weight, bias, _ = draw(b=1, dtype=torch.float32)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    for lengths in ([4, 1, 4], [1, 7, 1]):
+        how = {"cu_seqlens": packs.ends(lengths), "backend": backend}
+        eager, got = causal_conv1d(*inputs, **how), compiled(*inputs, **how)
+        assert_near(got.y, eager.y)
+        assert torch.equal(got.state, eager.state)
+        for g, w in zip(
+            torch.autograd.grad(got.y.sum(), inputs),
+            torch.autograd.grad(eager.y.sum(), inputs),
+            strict=True,
+        ):
+            assert_near(g, w)
+    assert count.frame_count == 1
+
+
+@pytest.mark.compiles
+def test_a_compiled_call_looks_at_the_values_of_cu_seqlens(draw):
+    torch._dynamo.reset()
+    x, weight, _, _ = draw(b=1)
+    compiled = torch.compile(causal_conv1d, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match=r"cu_seqlens must end at l=9, got 8$"):
+        compiled(x, weight, cu_seqlens=packs.ends([4, 4]), backend="fused")

@@ -53,7 +53,9 @@ def gradients():
 
     def run(inputs, backend, *, weigh_state=True):
         leaves = {
-            k: v.detach().requires_grad_() for k, v in inputs.items() if torch.is_tensor(v)
+            k: v.detach().requires_grad_()
+            for k, v in inputs.items()
+            if torch.is_tensor(v) and v.is_floating_point()
         }
         y, state = selective_scan(**{**inputs, **leaves}, backend=backend)
         source = torch.Generator().manual_seed(1)

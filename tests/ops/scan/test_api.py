@@ -452,13 +452,17 @@ def _needs_fused():
 
 
 @pytest.mark.cpu  # whose memory is measured
-@pytest.mark.parametrize("n", [16, 64])
-def test_memory_grows_with_the_length_and_not_with_the_states(fast_backend, draw, n):
+@pytest.mark.parametrize(("n", "sequences"), [(16, None), (64, None), (16, 8)])
+def test_memory_grows_with_the_length_and_not_with_the_states(fast_backend, draw, n, sequences):
     """What the backward pass keeps, and all that lives at once on the way, is O(b l d)."""
     b, d = 1, 48
+    how = {"backend": fast_backend}
 
     def run(l):
         inputs = draw(b, l, d, n, dtype=torch.float32)
+        if sequences is not None:
+            inputs["state"] = draw(sequences, 1, d, n, dtype=torch.float32)["state"]
+            how["cu_seqlens"] = torch.arange(sequences + 1) * (l // sequences)
         saved = []
         leaves = {k: v.requires_grad_() for k, v in inputs.items() if torch.is_tensor(v)}
         with (
@@ -467,17 +471,17 @@ def test_memory_grows_with_the_length_and_not_with_the_states(fast_backend, draw
                 lambda t: saved.append(t.numel()) or t, lambda t: t
             ),
         ):
-            y, _ = selective_scan(**inputs, backend=fast_backend)
+            y, _ = selective_scan(**inputs, **how)
             torch.autograd.grad(y.sum(), list(leaves.values()))
         return max(memory.made()), memory.peak(), sum(saved)
 
-    l = 8192
-    x, checkpoints = b * l * d, math.prod(checkpoint_shape(b, l, d, n))
+    l, states = 8192, (sequences or b) * d * n
+    x, checkpoints = b * l * d, math.prod(checkpoint_shape(b, l, d, n, sequences))
     largest, peak, kept = run(l)
     assert largest <= (max(2 * x, checkpoints) if fast_backend == "fused" else 2 * x)
-    assert kept <= 3 * x + 2 * b * l * n + checkpoints + 10 * d * n
+    assert kept <= 3 * x + 2 * b * l * n + checkpoints + 10 * states
     if fast_backend == "fused":  # y, dy, dx, ddt, dgate; dB, dC; and nothing on the way
-        assert peak <= 5 * x + 2 * b * l * n + checkpoints + 10 * d * n
+        assert peak <= 5 * x + 2 * b * l * n + checkpoints + 10 * states
     else:
         assert peak <= 30 * x  # and the states alone would be n of them
     _, twice_peak, twice_kept = run(2 * l)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mambakit.ops import _native
-from mambakit.ops.scan import cpu
+from mambakit.ops.scan import cpu, reference
+from tests.ops import packs
 
 RUNNABLE = _native.runnable()
 NAMES = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state")
@@ -158,6 +159,25 @@ def test_cutting_the_sequence_over_threads_changes_rounding_only(build, monkeypa
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         for found, wanted in zip(by_kernel(*case, torch.float64), exact, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("lengths", [[5] * 60, [300, 1, 7, 200], [24, 48, 25, 1000]], ids=str)
+@pytest.mark.parametrize("d", [5, 70])
+def test_a_pack_over_threads_is_its_sequences_in_the_reference(build, monkeypatch, lengths, d):
+    """Also where its cuts in time fall into a sequence, or beside one."""
+    l, cu_seqlens = sum(lengths), packs.ends(lengths)
+    operands, dy, _ = draw(1, l, d, 6)
+    operands[8], dlast = (torch.randn(2, len(lengths), d, 6).double()).unbind()
+    leaves = [t.requires_grad_() for t in operands]
+    exact = reference.scan(*leaves, True, cu_seqlens=cu_seqlens)
+    wanted = [*exact, *torch.autograd.grad(exact, leaves, (dy, dlast))]
+    operands = [t.detach() for t in operands]
+    for threads in (1, 2, 5, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        y, last, kept = cpu.forward(*operands, True, True, cu_seqlens=cu_seqlens)
+        found = cpu.backward(dy, dlast, *operands, kept, True, cu_seqlens=cu_seqlens)
+        for a, b in zip((y, last, *found), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_backward_repeats_bit_for_bit(build):

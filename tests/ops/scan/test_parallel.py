@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from mambakit.ops import selective_scan
 from mambakit.ops.scan import parallel
+from tests.ops import packs
 
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda")
 
@@ -60,6 +61,16 @@ def cut_small(monkeypatch):
 @pytest.mark.parametrize("B", ["constant", "token", "grouped"])
 def test_every_cut_gives_the_same(cut_small, draw, gradients, assert_near, B):
     inputs = draw(b=3, l=100, d=8, B=B, C="grouped", g=4)
+    wanted, got = gradients(inputs, "reference"), gradients(inputs, "parallel")
+    for name, value in wanted.items():
+        assert_near(got[name], value, name)
+
+
+@pytest.mark.parametrize("lengths", [[100], [5] * 20, [15, 15, 1, 44, 25], [2, 97, 1]], ids=str)
+def test_every_cut_of_a_pack_gives_the_same(cut_small, draw, gradients, assert_near, lengths):
+    """Chunks of 15 steps and blocks of 4, in which sequences begin, end or do neither."""
+    inputs = draw(b=1, l=100, d=8, C="grouped", g=4) | {"cu_seqlens": packs.ends(lengths)}
+    inputs["state"] = draw(b=len(lengths), l=1, d=8)["state"]
     wanted, got = gradients(inputs, "reference"), gradients(inputs, "parallel")
     for name, value in wanted.items():
         assert_near(got[name], value, name)

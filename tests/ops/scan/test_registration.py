@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from mambakit.ops import selective_scan, selective_step
 from mambakit.ops.scan import fused as scan_kernels
+from tests.ops import packs
 
 pytestmark = pytest.mark.compiles
 
@@ -18,7 +19,7 @@ def arguments(inputs, operator, *, save):
     steps = (
         scan_kernels.checkpoint_steps(inputs["x"].device) if operator == "selective_scan" else 0
     )
-    names = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state")
+    names = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state", "cu_seqlens")
     return (*(inputs.get(name) for name in names), inputs["dt_softplus"], steps, save)
 
 
@@ -74,6 +75,29 @@ def test_meta_tensors_have_the_shapes_and_dtypes(fast_backend, draw):
         assert a.stride() == b.stride()
 
 
+@pytest.mark.parametrize("without", [(), ("gate", "state")])
+def test_operators_are_sound_for_packs(fast_backend, draw, without):
+    inputs = draw(b=1, l=70, d=8, C="grouped", dtype=torch.float32, without=without)
+    if "state" in inputs:
+        inputs["state"] = draw(b=3, l=1, d=8, dtype=torch.float32)["state"]
+    inputs["cu_seqlens"] = packs.ends([30, 1, 39])
+    live = {
+        k: v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    name = OPERATORS[fast_backend]
+    forward, backward = (
+        getattr(torch.ops.mambakit, f"{name}{suffix}").default for suffix in ("", "_backward")
+    )
+    torch.library.opcheck(forward, arguments(live, name, save=True))
+    y, last, checkpoints = forward(*arguments(inputs, name, save=True))
+    *given, softplus, _, _ = arguments(inputs, name, save=True)
+    for dlast in (None, torch.ones_like(last)):
+        torch.library.opcheck(
+            backward, (torch.ones_like(y), dlast, *given, checkpoints, softplus)
+        )
+
+
 class _Graphs:
     """A compiler backend that counts the graphs it is given."""
 
@@ -108,6 +132,35 @@ def test_one_graph_serves_every_length(fast_backend, draw, train):
             ):
                 assert_close(a, b, rtol=0, atol=0)
     assert graphs.count == 1
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_one_graph_serves_every_packing(fast_backend, draw, train):
+    torch._dynamo.reset()
+    graphs = _Graphs()
+    compiled = torch.compile(selective_scan, fullgraph=True, backend=graphs)
+    inputs = draw(b=1, l=70, dtype=torch.float32)
+    inputs["state"] = draw(b=3, l=1, dtype=torch.float32)["state"]
+    leaves = [v.requires_grad_(train) for v in inputs.values() if torch.is_tensor(v)]
+    for lengths in ([30, 1, 39], [2, 3, 65], [68, 1, 1]):
+        how = {"cu_seqlens": packs.ends(lengths), "backend": fast_backend}
+        wanted, got = selective_scan(**inputs, **how), compiled(**inputs, **how)
+        assert_close(got.y, wanted.y, rtol=0, atol=0)
+        assert_close(got.state, wanted.state, rtol=0, atol=0)
+        if train:
+            a, b = (
+                torch.autograd.grad(o.y.sum() + o.state.sum(), leaves) for o in (got, wanted)
+            )
+            assert_close(a, b, rtol=0, atol=0)
+    assert graphs.count == 1
+
+
+def test_a_compiled_call_looks_at_the_values_of_cu_seqlens(fast_backend, draw):
+    torch._dynamo.reset()
+    compiled = torch.compile(selective_scan, fullgraph=True, backend="eager")
+    inputs = draw(b=1, l=70, without=("state",)) | {"cu_seqlens": packs.ends([30, 39])}
+    with pytest.raises(ValueError, match=r"cu_seqlens must end at l=70, got 69$"):
+        compiled(**inputs, backend=fast_backend)
 
 
 @pytest.mark.cpu

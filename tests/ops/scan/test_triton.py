@@ -187,6 +187,39 @@ def test_rows_with_gaps_and_tensors_that_are_not_dense_are_read(draw):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("form", ["token", "constant", "grouped"])
+def test_each_sequence_of_a_pack_is_what_it_is_alone(draw, monkeypatch, form):
+    monkeypatch.setattr(kernel, "_MOST_PROGRAMS", 3)  # so that the sequences take turns
+    lengths = (1, 9, 66, 1, 3)
+    places = torch.tensor([0, *lengths], device="cpu").cumsum(0)
+    inputs = draw(1, sum(lengths), 6, 3, B=form, C=form)
+    inputs["state"] = draw(len(lengths), 1, 6, 3)["state"]
+    tensors = operands(inputs)
+    dy, _ = (t.to(torch.get_default_device()) for t in arriving(inputs))
+    dlast = tensors[8].flip(0)
+    y, last, saved = kernel.forward(*tensors, True, True, cu_seqlens=places)
+    found = kernel.backward(dy, dlast, *tensors, saved.view(-1), True, cu_seqlens=places)
+    sums = [0.0] * 9
+    for k, l in enumerate(lengths):
+        a = int(places[k])
+        own = [t[:, a : a + l] if i in {0, 1, 3, 4, 6} and t.ndim > 2 else t
+               for i, t in enumerate(tensors)]  # fmt: skip
+        own[8] = tensors[8][k : k + 1]
+        wanted = run(own, dy[:, a : a + l], dlast[k : k + 1])
+        assert torch.equal(y[:, a : a + l], wanted[0])
+        assert torch.equal(last[k : k + 1], wanted[1])
+        for i, gradient in enumerate(wanted[2:]):
+            if i == 8:
+                assert torch.equal(found[i][k : k + 1], gradient)
+            elif gradient.ndim > 2:
+                assert torch.equal(found[i][:, a : a + l], gradient)
+            else:
+                sums[i] = sums[i] + gradient
+    for gradient, wanted in zip(found, sums, strict=True):
+        if torch.is_tensor(wanted):
+            torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-11)
+
+
 def test_nothing_need_arrive_at_the_last_state(draw):
     inputs = draw(1, 6, 4, 3)
     dy, dlast = arriving(inputs)

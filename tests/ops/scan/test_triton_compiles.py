@@ -25,7 +25,7 @@ def test_compiles_for_a_device_that_is_not_here(target, tmp_path):
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [*KERNELS] * 2
+    assert done.stdout.split() == [*KERNELS] * 3
 
 
 class Compiler:
@@ -35,6 +35,7 @@ class Compiler:
         torch.float64: "*fp64",
         torch.float32: "*fp32",
         torch.bfloat16: "*bf16",
+        torch.int64: "*i64",
     }
 
     def __init__(self, kernel, target):
@@ -62,14 +63,16 @@ class Compiler:
         print(self.kernel.__name__)
 
 
-def compile_scan(scan, n, dtype, form, extras):
-    b, l, d = 2, 64, 128
+def compile_scan(scan, n, dtype, form, extras, packed=False):
+    b, l, d = 1 if packed else 2, 64, 128
+    cu_seqlens = torch.tensor([0, l]) if packed else None
     x, A = torch.zeros(b, l, d, dtype=dtype), torch.zeros(d, n)
     B = torch.zeros({"token": (b, l, n), "constant": (d, n)}[form], dtype=dtype)
     D, gate, bias, state = (A[:, 0], x, A[:, 0], torch.zeros(b, d, n)) if extras else [None] * 4
     operands = (x, x, A, B, B, D, gate, bias, state)
-    _, last, checkpoints = scan.forward(*operands, extras, True)
-    scan.backward(x, last if extras else None, *operands, checkpoints, extras)
+    _, last, checkpoints = scan.forward(*operands, extras, True, cu_seqlens=cu_seqlens)
+    last = last if extras else None
+    scan.backward(x, last, *operands, checkpoints, extras, cu_seqlens=cu_seqlens)
 
 
 def main(backend, architecture, width):
@@ -83,6 +86,7 @@ def main(backend, architecture, width):
         setattr(scan, kernel, Compiler(getattr(scan, kernel), target))
     compile_scan(scan, 16, torch.bfloat16, "token", extras=True)
     compile_scan(scan, 5, torch.float64, "constant", extras=False)
+    compile_scan(scan, 16, torch.bfloat16, "token", extras=True, packed=True)
 
 
 if __name__ == "__main__":

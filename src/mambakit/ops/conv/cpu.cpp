@@ -7,11 +7,12 @@
 // registers. The arithmetic is small: what is paid for is the memory.
 //
 // Time -1, -2, ... lies in the state: row r of the state is time r - (w - 1). Functions that take
-// a time therefore see one sequence from -(w - 1) to l - 1, wherever its rows are stored.
+// a time therefore see one sequence from -(w - 1) to its end, wherever its rows are stored.
 //
-// Work is cut into strips (sequence, span of time, block of channels). Where the cuts in time lie
-// depends on the sizes alone, and sums over time are made within a strip first and then from strip
-// to strip in their order: the gradients are the same for any number of threads.
+// Work is cut into strips (row of the batch, span of time, block of channels). In a pack, one row
+// of the batch whose sequences lie end to end, a strip holds pieces of several. Where the cuts in
+// time lie depends on the sizes alone, and sums over time are made within a strip first and then
+// from strip to strip in their order: the gradients are the same for any number of threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -44,8 +45,21 @@ struct Rows {
   }
 };
 
+// Where a sequence lies: its row of the batch, of the states, and its first step in the batch.
+struct Sequence {
+  int64_t batch, row, start, length;
+};
+
+// Steps [from, to) of a sequence, counted from its first.
+struct Piece {
+  Sequence sequence;
+  int64_t from, to;
+};
+
 struct Problem {
   int64_t b, l, d, w;
+  int64_t sequences;     // b, or how many a pack holds
+  const int64_t* starts; // null, or where each of a pack begins; then l
   Rows x, state;         // state.data may be null: zeros
   const void* zeros;     // a row of d zeros
   const void* weight;    // (w, d_padded) scalars, then d_padded of the bias
@@ -53,10 +67,15 @@ struct Problem {
   int64_t span;          // length of a strip in time
   int64_t spans, blocks;
 
+  Sequence sequence(int64_t k) const {
+    if (!starts) return {k, k, 0, l};
+    return {0, k, starts[k], starts[k + 1] - starts[k]};
+  }
+
   template <typename T>
-  const T* input(int64_t b, int64_t time) const {
-    if (time >= 0) return x.at<T>(b, time);
-    if (state.data) return state.at<T>(b, time + w - 1);
+  const T* input(const Sequence& s, int64_t time) const {
+    if (time >= 0) return x.at<T>(s.batch, s.start + time);
+    if (state.data) return state.at<T>(s.row, time + w - 1);
     return static_cast<const T*>(zeros);
   }
 };
@@ -85,7 +104,7 @@ class Scratch {
 };
 
 struct Strip {
-  int64_t b, index, from, to;         // time [from, to) of sequence b; index counts (b, span)
+  int64_t b, index, from, to;         // steps [from, to) of row b; index counts (b, span)
   int64_t first_channel, channels;
 };
 
@@ -100,6 +119,21 @@ Strip strip_of(const Problem& p, int64_t task) {
   s.first_channel = block * block_channels;
   s.channels = std::min(block_channels, p.d - s.first_channel);
   return s;
+}
+
+// Calls body(piece) for what each sequence has of a strip, in the order of time.
+template <typename Body>
+void for_each_piece(const Problem& p, const Strip& s, const Body& body) {
+  if (!p.starts) {
+    body(Piece{p.sequence(s.b), s.from, s.to});
+    return;
+  }
+  const int64_t* starts = p.starts;
+  int64_t k = std::upper_bound(starts, starts + p.sequences, s.from) - starts - 1;
+  for (; k < p.sequences && starts[k] < s.to; ++k) {
+    body(Piece{p.sequence(k), std::max(s.from, starts[k]) - starts[k],
+               std::min(s.to, starts[k + 1]) - starts[k]});
+  }
 }
 
 int64_t padded(int64_t d) {
@@ -177,28 +211,31 @@ bool forward_strip(const Problem& p, const Strip& s, const Rows& y) {
   if (!memory) return false;
   const T** in = memory.at<const T*>(0);
   T* out[rows_at_once];
-  int64_t t = s.from;
-  const auto point = [&](int rows) {
-    for (int64_t i = 0; i < rows + p.w - 1; ++i)
-      in[i] = p.input<T>(s.b, t - (p.w - 1) + i) + s.first_channel;
-    for (int i = 0; i < rows; ++i) out[i] = y.at<T>(s.b, t + i) + s.first_channel;
-  };
-  for (; t + rows_at_once <= s.to; t += rows_at_once) {
-    point(rows_at_once);
-    forward_rows<T, W, silu, rows_at_once>(in, out, weight, p.d_padded, p.w, s.channels);
-  }
-  for (; t < s.to; ++t) {
-    point(1);
-    forward_rows<T, W, silu, 1>(in, out, weight, p.d_padded, p.w, s.channels);
-  }
+  for_each_piece(p, s, [&](const Piece& piece) {
+    const Sequence& sequence = piece.sequence;
+    int64_t t = piece.from;
+    const auto point = [&](int rows) {
+      for (int64_t i = 0; i < rows + p.w - 1; ++i)
+        in[i] = p.input<T>(sequence, t - (p.w - 1) + i) + s.first_channel;
+      for (int i = 0; i < rows; ++i)
+        out[i] = y.at<T>(s.b, sequence.start + t + i) + s.first_channel;
+    };
+    for (; t + rows_at_once <= piece.to; t += rows_at_once) {
+      point(rows_at_once);
+      forward_rows<T, W, silu, rows_at_once>(in, out, weight, p.d_padded, p.w, s.channels);
+    }
+    for (; t < piece.to; ++t) {
+      point(1);
+      forward_rows<T, W, silu, 1>(in, out, weight, p.d_padded, p.w, s.channels);
+    }
+  });
   return true;
 }
 
 template <typename T>
-void copy_last_state(const Problem& p, const Rows& last) {
-  for (int64_t b = 0; b < p.b; ++b)
-    for (int64_t r = 0; r < p.w - 1; ++r)
-      std::memcpy(last.at<T>(b, r), p.input<T>(b, p.l - (p.w - 1) + r), p.d * sizeof(T));
+void copy_last_state(const Problem& p, const Sequence& s, const Rows& last) {
+  for (int64_t r = 0; r < p.w - 1; ++r)
+    std::memcpy(last.at<T>(s.row, r), p.input<T>(s, s.length - (p.w - 1) + r), p.d * sizeof(T));
 }
 
 // ---------------------------------------------------------------- backward
@@ -290,10 +327,10 @@ MAMBAKIT_INLINE void backward_rows(const T* const* x, const T* const* dy, T* con
   });
 }
 
-// The last w - 1 rows of dx, times l - (w - 1) to l - 1: no g lies beyond l - 1, and these inputs
-// are also the last state, whose gradient joins here.
+// The last w - 1 rows of a sequence's dx: no g lies beyond its end, and these inputs are also the
+// last state, whose gradient joins here.
 template <typename T>
-void backward_end(const Problem& p, const Strip& s, const Rows& dlast, T* const* dx,
+void backward_end(const Problem& p, const Strip& s, int64_t row, const Rows& dlast, T* const* dx,
                   const Compute<T>* weight, const Compute<T>* window) {
   using S = Compute<T>;
   for (int64_t r = 0; r < p.w - 1; ++r) {
@@ -303,7 +340,7 @@ void backward_end(const Problem& p, const Strip& s, const Rows& dlast, T* const*
       for (int64_t k = r + 1; k < p.w; ++k)
         out += load(weight + k * p.d_padded + c) *
                load(window + (r + p.w - 1 - k) * block_channels + c);
-      if (dlast.data) out += get(dlast.at<T>(s.b, r) + s.first_channel + c, count);
+      if (dlast.data) out += get(dlast.at<T>(row, r) + s.first_channel + c, count);
       put(dx[r] + c, out, count);
     });
   }
@@ -315,9 +352,9 @@ struct Gradients {
   void* sums;          // (strips in time of all sequences, w + 1, d_padded) scalars
 
   template <typename T>
-  T* output(int64_t b, int64_t time, int64_t w) const {
-    if (time >= 0) return dx.at<T>(b, time);
-    return dstate.data ? dstate.at<T>(b, time + w - 1) : nullptr;
+  T* output(const Sequence& s, int64_t time, int64_t w) const {
+    if (time >= 0) return dx.at<T>(s.batch, s.start + time);
+    return dstate.data ? dstate.at<T>(s.row, time + w - 1) : nullptr;
   }
 };
 
@@ -339,41 +376,43 @@ bool backward_strip(const Problem& p, const Strip& s, const Gradients& g) {
   const T** in = memory.at<const T*>(window_bytes);
   T** out = memory.at<T*>(window_bytes + rows * sizeof(T*));
   const T* dy[rows_at_once];
-  std::fill_n(window, (p.w - 1) * block_channels, S(0));
-
-  // the rows of g that the strip before has, needed again for the first rows of dx here
-  int64_t t = std::max<int64_t>(0, s.from - (p.w - 1));
-  const auto point = [&](int count) {
-    for (int64_t i = 0; i < count + p.w - 1; ++i)
-      in[i] = p.input<T>(s.b, t - (p.w - 1) + i) + s.first_channel;
-    for (int i = 0; i < count; ++i) {
-      dy[i] = g.dy.at<T>(s.b, t + i) + s.first_channel;
-      T* row = t < s.from ? nullptr : g.output<T>(s.b, t - (p.w - 1) + i, p.w);
-      out[i] = row ? row + s.first_channel : nullptr;
+  for_each_piece(p, s, [&](const Piece& piece) {
+    const Sequence& sequence = piece.sequence;
+    std::fill_n(window, (p.w - 1) * block_channels, S(0));
+    // the rows of g that the strip before has, needed again for the first rows of dx here
+    int64_t t = std::max<int64_t>(0, piece.from - (p.w - 1));
+    const auto point = [&](int count) {
+      for (int64_t i = 0; i < count + p.w - 1; ++i)
+        in[i] = p.input<T>(sequence, t - (p.w - 1) + i) + s.first_channel;
+      for (int i = 0; i < count; ++i) {
+        dy[i] = g.dy.at<T>(s.b, sequence.start + t + i) + s.first_channel;
+        T* row = t < piece.from ? nullptr : g.output<T>(sequence, t - (p.w - 1) + i, p.w);
+        out[i] = row ? row + s.first_channel : nullptr;
+      }
+    };
+    for (; t < piece.from; ++t) {
+      point(1);
+      backward_rows<T, W, silu, 1>(in, dy, out, weight, p.d_padded, p.w, s.channels, window,
+                                   sums, false);
     }
-  };
-  for (; t < s.from; ++t) {
-    point(1);
-    backward_rows<T, W, silu, 1>(in, dy, out, weight, p.d_padded, p.w, s.channels, window, sums,
-                                 false);
-  }
-  for (; t + rows_at_once <= s.to; t += rows_at_once) {
-    point(rows_at_once);
-    backward_rows<T, W, silu, rows_at_once>(in, dy, out, weight, p.d_padded, p.w, s.channels,
-                                            window, sums, true);
-  }
-  for (; t < s.to; ++t) {
-    point(1);
-    backward_rows<T, W, silu, 1>(in, dy, out, weight, p.d_padded, p.w, s.channels, window, sums,
-                                 true);
-  }
-  if (s.to == p.l) {
-    for (int64_t r = 0; r < p.w - 1; ++r) {
-      T* row = g.output<T>(s.b, p.l - (p.w - 1) + r, p.w);
-      out[r] = row ? row + s.first_channel : nullptr;
+    for (; t + rows_at_once <= piece.to; t += rows_at_once) {
+      point(rows_at_once);
+      backward_rows<T, W, silu, rows_at_once>(in, dy, out, weight, p.d_padded, p.w, s.channels,
+                                              window, sums, true);
     }
-    backward_end<T>(p, s, g.dlast, out, weight, window);
-  }
+    for (; t < piece.to; ++t) {
+      point(1);
+      backward_rows<T, W, silu, 1>(in, dy, out, weight, p.d_padded, p.w, s.channels, window,
+                                   sums, true);
+    }
+    if (piece.to == sequence.length) {
+      for (int64_t r = 0; r < p.w - 1; ++r) {
+        T* row = g.output<T>(sequence, sequence.length - (p.w - 1) + r, p.w);
+        out[r] = row ? row + s.first_channel : nullptr;
+      }
+      backward_end<T>(p, s, sequence.row, g.dlast, out, weight, window);
+    }
+  });
   return true;
 }
 
@@ -463,9 +502,11 @@ void prepare(Problem& p, const Parameter& weight, const Parameter& bias, const S
 
 size_t prepared_bytes(const Problem& p) { return (p.w + 2) * p.d_padded * sizeof(double); }
 
-Problem problem(int64_t b, int64_t l, int64_t d, int64_t w, Rows x, Rows state) {
+Problem problem(int64_t b, int64_t l, int64_t d, int64_t w, int64_t sequences,
+                const int64_t* starts, Rows x, Rows state) {
   Problem p{};
   p.b = b, p.l = l, p.d = d, p.w = w, p.x = x, p.state = state;
+  p.sequences = sequences, p.starts = starts;
   p.d_padded = padded(d);
   p.span = std::max<int64_t>(128, 16 * w);
   p.spans = std::max<int64_t>(1, (l + p.span - 1) / p.span);
@@ -484,17 +525,17 @@ int worthwhile(const Problem& p, int threads) {
 // Both return whether there was memory to work in. Pointers may be null where the text says so.
 extern "C" {
 
-// y (b, l, d) and last (b, w - 1, d) are dense. state and bias may be null.
+// y (b, l, d) and last (sequences, w - 1, d) are dense. state, starts and bias may be null.
 MK_EXPORT bool mk_conv_forward(
     int32_t dtype, bool silu, int32_t threads,
-    int64_t b, int64_t l, int64_t d, int64_t w,
+    int64_t b, int64_t l, int64_t d, int64_t w, int64_t sequences, const int64_t* starts,
     const void* x, int64_t x_batch, int64_t x_row,
     const void* weight, int32_t weight_dtype, int64_t weight_d, int64_t weight_w,
     const void* bias, int32_t bias_dtype, int64_t bias_d,
     const void* state, int64_t state_batch, int64_t state_row,
     void* y, void* last) {
   using namespace mambakit;
-  Problem p = problem(b, l, d, w, {const_cast<void*>(x), x_batch, x_row},
+  Problem p = problem(b, l, d, w, sequences, starts, {const_cast<void*>(x), x_batch, x_row},
                       {const_cast<void*>(state), state_batch, state_row});
   const Scratch memory(prepared_bytes(p));
   if (!memory) return false;
@@ -510,16 +551,19 @@ MK_EXPORT bool mk_conv_forward(
       });
       return enough.load();
     });
-    if (done) copy_last_state<T>(p, {last, (w - 1) * d, d});
-    return done;
+    if (!done) return false;
+    for_each_task(p.sequences, worthwhile(p, threads), [&](int64_t k) {
+      copy_last_state<T>(p, p.sequence(k), {last, (w - 1) * d, d});
+    });
+    return true;
   });
 }
 
-// dx (b, l, d), dstate (b, w - 1, d), dweight (d, w) and dbias (d) are dense; the last two are of
-// the scalar that is computed in. state, bias, dlast and dstate may be null.
+// dx (b, l, d), dstate (sequences, w - 1, d), dweight (d, w) and dbias (d) are dense; the last two
+// are of the scalar that is computed in. state, starts, bias, dlast and dstate may be null.
 MK_EXPORT bool mk_conv_backward(
     int32_t dtype, bool silu, int32_t threads,
-    int64_t b, int64_t l, int64_t d, int64_t w,
+    int64_t b, int64_t l, int64_t d, int64_t w, int64_t sequences, const int64_t* starts,
     const void* dy, int64_t dy_batch, int64_t dy_row,
     const void* dlast, int64_t dlast_batch, int64_t dlast_row,
     const void* x, int64_t x_batch, int64_t x_row,
@@ -528,7 +572,7 @@ MK_EXPORT bool mk_conv_backward(
     const void* state, int64_t state_batch, int64_t state_row,
     void* dx, void* dweight, void* dbias, void* dstate) {
   using namespace mambakit;
-  Problem p = problem(b, l, d, w, {const_cast<void*>(x), x_batch, x_row},
+  Problem p = problem(b, l, d, w, sequences, starts, {const_cast<void*>(x), x_batch, x_row},
                       {const_cast<void*>(state), state_batch, state_row});
   const Scratch memory(prepared_bytes(p));
   const Scratch sums(p.b * p.spans * (w + 1) * p.d_padded *

@@ -13,18 +13,29 @@ _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 # How cpu.cpp takes a tensor (b, rows, d), the two parameters, and all sizes.
 _ROWS: list[Any] = [_pointer, _int, _int]
 _PARAMETERS: list[Any] = [_pointer, ctypes.c_int32, _int, _int, _pointer, ctypes.c_int32, _int]
-_SIZES: list[Any] = [ctypes.c_int32, ctypes.c_bool, ctypes.c_int32, _int, _int, _int, _int]
+_SIZES: list[Any] = [
+    ctypes.c_int32, ctypes.c_bool, ctypes.c_int32, *[_int] * 5, _pointer,
+]  # fmt: skip
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y`` (b, l, d) and the last state (b, d, w - 1), both in the dtype of ``x``.
+
+    With ``cu_seqlens``, int64 on the CPU, ``x`` is a pack and there is a state for each
+    sequence.
 
     Raises:
         RuntimeError: The CPU library is missing, or there was no memory to work in.
     """
-    return forward_in(_native.library(), x, weight, bias, state, silu)
+    return forward_in(_native.library(), x, weight, bias, state, silu, cu_seqlens)
 
 
 def backward(
@@ -35,13 +46,15 @@ def backward(
     bias: Tensor | None,
     state: Tensor | None,
     silu: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of ``x``, ``weight``, ``bias`` and ``state``, each in its dtype.
 
     Raises:
         RuntimeError: The CPU library is missing, or there was no memory to work in.
     """
-    return backward_in(_native.library(), dy, dlast, x, weight, bias, state, silu)
+    return backward_in(_native.library(), dy, dlast, x, weight, bias, state, silu, cu_seqlens)
 
 
 def forward_in(
@@ -51,12 +64,13 @@ def forward_in(
     bias: Tensor | None,
     state: Tensor | None,
     silu: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``forward`` in the library of one instruction set."""
     x, past = _rows(x, x.dtype), _state_rows(state, x.dtype)
-    y, last = x.new_empty(*x.shape), _new_state_rows(x, weight)
+    y, last = x.new_empty(*x.shape), _new_state_rows(x, weight, cu_seqlens)
     done = _functions(library)[0](
-        *_sizes(x, weight, silu),
+        *_sizes(x, weight, silu, cu_seqlens),
         *_place(x),
         *_parameters(weight, bias),
         *_place(past),
@@ -76,6 +90,7 @@ def backward_in(
     bias: Tensor | None,
     state: Tensor | None,
     silu: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run ``backward`` in the library of one instruction set."""
     x, past = _rows(x, x.dtype), _state_rows(state, x.dtype)
@@ -84,9 +99,9 @@ def backward_in(
     dx = x.new_empty(*x.shape)
     dweight = x.new_empty(weight.shape, dtype=wide)
     dbias = x.new_empty(x.shape[2], dtype=wide)
-    dstate = None if state is None else _new_state_rows(x, weight)
+    dstate = None if state is None else _new_state_rows(x, weight, cu_seqlens)
     done = _functions(library)[1](
-        *_sizes(x, weight, silu),
+        *_sizes(x, weight, silu, cu_seqlens),
         *_place(dy),
         *_place(dpast),
         *_place(x),
@@ -115,9 +130,20 @@ def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
     return forward, backward
 
 
-def _sizes(x: Tensor, weight: Tensor, silu: bool) -> tuple[int, ...]:
+def _sizes(
+    x: Tensor, weight: Tensor, silu: bool, cu_seqlens: Tensor | None
+) -> tuple[int | None, ...]:
     code = _native.DTYPE_CODES[x.dtype]
-    return code, silu, torch.get_num_threads(), *x.shape, weight.shape[1]
+    starts = None if cu_seqlens is None else cu_seqlens.data_ptr()
+    return (
+        code, silu, torch.get_num_threads(), *x.shape, weight.shape[1],
+        _count(x, cu_seqlens), starts,
+    )  # fmt: skip
+
+
+def _count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return how many sequences there are."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,8 +157,8 @@ def _state_rows(state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if state is None else _rows(state.transpose(1, 2), dtype)
 
 
-def _new_state_rows(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+def _new_state_rows(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return x.new_empty(_count(x, cu_seqlens), weight.shape[1] - 1, x.shape[2])
 
 
 def _place(rows: Tensor | None) -> tuple[int | None, int, int]:

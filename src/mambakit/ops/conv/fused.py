@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .._autograd import any_requires_grad, refuse_tangents, refuse_transforms
+from .._packing import bounds
 from . import cpu, cuda
 
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, bool silu"
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens, bool silu"
 
 torch.library.define("mambakit::causal_conv1d", f"({_INPUTS}) -> (Tensor y, Tensor last)")
 torch.library.define(
@@ -37,10 +38,15 @@ _backward = torch.ops.mambakit.causal_conv1d_backward.default
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel for the device of ``x``; shapes as in ``causal_conv1d``, checked there."""
-    y, last = _forward(x, weight, bias, state, silu)
+    y, last = _forward(x, weight, bias, state, cu_seqlens, silu)
     return y, last
 
 
@@ -51,10 +57,15 @@ def _state_like(t: Tensor, b: int, d: int, w: int) -> Tensor:
 
 @torch.library.register_fake("mambakit::causal_conv1d")
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    b, _, d = x.shape
-    return x.new_empty(x.shape), _state_like(x, b, d, weight.shape[1])
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), _state_like(x, rows, x.shape[2], weight.shape[1])
 
 
 @torch.library.register_fake("mambakit::causal_conv1d_backward")
@@ -65,14 +76,16 @@ def _fake_backward(
     weight: Tensor,
     bias: Tensor | None,
     state: Tensor | None,
+    cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b, _, d = x.shape
     return (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),
         x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-        x.new_empty(0) if state is None else _state_like(state, b, d, weight.shape[1]),
+        x.new_empty(0)
+        if state is None
+        else _state_like(state, state.shape[0], state.shape[1], weight.shape[1]),
     )
 
 
@@ -98,9 +111,16 @@ def _implement(key: str, kernels: ModuleType, takes_dx: bool) -> None:
     """
 
     def run(
-        x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        silu: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, last = kernels.forward(x, weight, bias, state, silu)
+        if cu_seqlens is not None:
+            bounds("causal_conv1d", cu_seqlens, x.shape[1])
+        y, last = kernels.forward(x, weight, bias, state, silu, cu_seqlens=cu_seqlens)
         return y, last
 
     def run_backward(
@@ -110,9 +130,10 @@ def _implement(key: str, kernels: ModuleType, takes_dx: bool) -> None:
         weight: Tensor,
         bias: Tensor | None,
         state: Tensor | None,
+        cu_seqlens: Tensor | None,
         silu: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        found = kernels.backward(dy, dlast, x, weight, bias, state, silu)
+        found = kernels.backward(dy, dlast, x, weight, bias, state, silu, cu_seqlens=cu_seqlens)
         return found[0], *_as_promised(x, *found)
 
     def run_backward_into(
@@ -122,12 +143,15 @@ def _implement(key: str, kernels: ModuleType, takes_dx: bool) -> None:
         weight: Tensor,
         bias: Tensor | None,
         state: Tensor | None,
+        cu_seqlens: Tensor | None,
         silu: bool,
         *,
         dx: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         room = {"dx": dx} if takes_dx else {}
-        found = kernels.backward(dy, dlast, x, weight, bias, state, silu, **room)
+        found = kernels.backward(
+            dy, dlast, x, weight, bias, state, silu, **room, cu_seqlens=cu_seqlens
+        )
         if found[0] is not dx:
             dx.copy_(found[0])
         return _as_promised(x, *found)
@@ -149,11 +173,12 @@ class _Gradient(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         state: Tensor | None,
+        cu_seqlens: Tensor | None,
         silu: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            y, last = _forward(x, weight, bias, state, silu)
-        ctx.save_for_backward(x, weight, bias, state)
+            y, last = _forward(x, weight, bias, state, cu_seqlens, silu)
+        ctx.save_for_backward(x, weight, bias, state, cu_seqlens)
         ctx.silu = silu
         ctx.set_materialize_grads(False)
         return y, last
@@ -161,31 +186,39 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, dy: Tensor | None, dlast: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
-        x, weight, bias, state = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None, None]:
+        x, weight, bias, state, cu_seqlens = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(x)
-        dx, dweight, dbias, dstate = _backward(dy, dlast, x, weight, bias, state, ctx.silu)
+        dx, dweight, dbias, dstate = _backward(
+            dy, dlast, x, weight, bias, state, cu_seqlens, ctx.silu
+        )
         return (
             dx,
             dweight,
             None if bias is None else dbias,
             None if state is None else dstate,
             None,
+            None,
         )
 
 
 @torch.library.impl("mambakit::causal_conv1d", "Autograd")
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
 ) -> tuple[Tensor, Tensor]:
     inputs = (x, weight, bias, state)
     refuse_tangents("causal_conv1d", inputs)
     if torch.is_grad_enabled() and any_requires_grad(inputs):
         refuse_transforms("causal_conv1d")
-        return _Gradient.apply(x, weight, bias, state, silu)
+        return _Gradient.apply(x, weight, bias, state, cu_seqlens, silu)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(x, weight, bias, state, silu)
+        return _forward(x, weight, bias, state, cu_seqlens, silu)
 
 
 @torch.library.impl("mambakit::causal_conv1d_backward", "Autograd")
@@ -196,6 +229,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     state: Tensor | None,
+    cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (dy, dlast, x, weight, bias, state)
@@ -205,4 +239,4 @@ def _(
             "causal_conv1d: second derivatives exist only with backend='reference'"
         )
     with torch._C._AutoDispatchBelowAutograd():
-        return _backward(dy, dlast, x, weight, bias, state, silu)
+        return _backward(dy, dlast, x, weight, bias, state, cu_seqlens, silu)

@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from .._backends import Backend, resolve
+from .._packing import arrange
 from .._shapes import check_axes, check_floats
 from . import fused, parallel, reference
 
@@ -19,11 +20,12 @@ class ScanOutput(NamedTuple):
     """What a scan gives back: the output, and the state to continue from.
 
     ``y`` is (b, l, d) from ``selective_scan`` and (b, d) from ``selective_step``, in the dtype
-    of ``x``. ``state`` is (b, d, n) in float32, or float64 if ``x`` is.
+    of ``x``. ``state`` is (s, d, n) in float32, or float64 if ``x`` is: one for each sequence,
+    which are the ``b`` rows of the batch where they are not those of a pack.
     """
 
     y: Float[Tensor, "b *l d"]
-    state: Float[Tensor, "b d n"]
+    state: Float[Tensor, "s d n"]
 
 
 def selective_scan(
@@ -37,7 +39,10 @@ def selective_scan(
     gate: Float[Tensor, "b l d"] | None = None,
     dt_bias: Float[Tensor, " d"] | None = None,
     dt_softplus: bool = False,
-    state: Float[Tensor, "b d n"] | None = None,
+    state: Float[Tensor, "b d n"] | Float[Tensor, "s d n"] | None = None,
+    cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    lengths: Int[Tensor, " b"] | None = None,
+    attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None = None,
     backend: Backend = "auto",
 ) -> ScanOutput:
     """Run a diagonal linear recurrence whose coefficients change at every time step.
@@ -53,7 +58,12 @@ def selective_scan(
     from ``y`` and from the state, and the backward pass is deterministic. It keeps the inputs
     and a few states, never a tensor of (b, l, d, n). Forward-mode and second derivatives, and
     those by ``torch.func``, are the reference's alone. Values are not inspected: a NaN reaches
-    the steps after it in its own row of the batch and nothing else.
+    the steps after it in its own sequence and nothing else.
+
+    Sequences of several lengths share a call in either of two ways. Laid end to end in a batch
+    of 1, with ``cu_seqlens``, they cost what one sequence of their total length costs. Padded
+    to a common length, with ``lengths`` or ``attention_mask``, they are copied into a pack and
+    back. Each of them is what it would be alone. At most one of the three may be given.
 
     Args:
         x: Input signal, float32, bfloat16, float16 or float64. Any length, also 0.
@@ -69,20 +79,33 @@ def selective_scan(
         gate: The output is multiplied by silu(gate). ``None`` means no gate.
         dt_bias: Added to ``dt``, before softplus. ``None`` means nothing is added.
         dt_softplus: Use log(1 + exp(dt + dt_bias)) as the step size.
-        state: State before the first step. ``None`` means zeros.
+        state: State before the first step of each sequence. ``None`` means zeros.
+        cu_seqlens: Where each of the ``s`` sequences of a pack begins, and ``l``: s + 1 numbers
+            that rise from 0, int32 or int64. ``b`` is then 1, and ``state`` is (s, d, n). Best
+            on the CPU, where it is also no obstacle to a compiler: from another device it is
+            fetched, for which the processor waits. ``None`` means that each row of the batch
+            is one sequence.
+        lengths: How many steps at the beginning of each row are its sequence, from 1 to ``l``;
+            what follows is padding. It is read by the processor, as ``cu_seqlens`` is.
+        attention_mask: 1 or ``True`` where a token is and 0 at the padding, which may lie on
+            the left, on the right or on both sides: the ones of a row are one run. Read by the
+            processor too. Whatever lies at padding reaches nothing: there ``y`` is 0, and so is
+            the gradient of every input.
         backend: ``"reference"`` is one step at a time in eager PyTorch, the definition.
             ``"parallel"`` is PyTorch alone, chunked, on any device. ``"fused"`` is the
             kernel for the device of ``x``, and raises if there is none. ``"auto"`` is
             ``"fused"`` where the device has it, else ``"parallel"``.
 
     Returns:
-        ``y`` in the dtype of ``x``, and the ``state`` after the last step, always in float32,
-        or float64 if ``x`` is float64. Feed it to the next call to continue the sequence: the
-        cut may fall anywhere and does not change the result. All arithmetic is in the dtype
-        of the state, whatever the inputs have, and under ``torch.autocast`` too.
+        ``y`` in the dtype of ``x``, and the ``state`` after the last step of each sequence,
+        always in float32, or float64 if ``x`` is float64. Feed it to the next call to continue
+        the sequence: the cut may fall anywhere and does not change the result. All arithmetic
+        is in the dtype of the state, whatever the inputs have, and under ``torch.autocast``
+        too.
 
     Raises:
-        ValueError: A shape, dtype, device or layout is wrong, or the backend's name.
+        ValueError: A shape, dtype, device or layout is wrong, or the backend's name, or the
+            values of ``cu_seqlens``, ``lengths`` or ``attention_mask`` are.
         RuntimeError: ``backend="fused"`` cannot run on this device or in this installation,
             or a second or forward-mode derivative, or one by ``torch.func``, is asked of a
             backend other than ``"reference"``.
@@ -107,6 +130,14 @@ def selective_scan(
         ... )
         >>> torch.testing.assert_close(right.state, whole.state)
         >>> torch.testing.assert_close(torch.cat([left.y, right.y], dim=1), whole.y)
+
+        Sequences laid end to end stay apart, each as if it were alone:
+
+        >>> x, dt, B, C = x[:1], dt[:1], B[:1], C[:1]
+        >>> packed = selective_scan(x, dt, A, B, C, cu_seqlens=torch.tensor([0, 40, 64]))
+        >>> alone = selective_scan(x[:, 40:], dt[:, 40:], A, B[:, 40:], C[:, 40:])
+        >>> torch.testing.assert_close(packed.y[:, 40:], alone.y)
+        >>> torch.testing.assert_close(packed.state[1:], alone.state)
     """
     check_floats(
         "selective_scan", "x", "dt", "A", "B", "C",
@@ -116,12 +147,22 @@ def selective_scan(
         "selective_scan",
         x=(x, "b l d"), dt=(dt, "b l d"), A=(A, "d n"),
         B=(B, _form("selective_scan", "B", B)), C=(C, _form("selective_scan", "C", C)),
-        D=(D, "d"), gate=(gate, "b l d"), dt_bias=(dt_bias, "d"), state=(state, "b d n"),
+        D=(D, "d"), gate=(gate, "b l d"), dt_bias=(dt_bias, "d"),
+        state=(state if cu_seqlens is None else None, "b d n"),
     )  # fmt: skip
     _check_rest("selective_scan", sizes, dt_softplus)
+    cu_seqlens, packing = arrange(
+        "selective_scan", sizes["b"], sizes["l"], x.device, cu_seqlens, lengths, attention_mask
+    )
+    if cu_seqlens is not None and packing is None:
+        _check_states(state, cu_seqlens.shape[0] - 1, sizes)
     run = _RUN[resolve("selective_scan", backend, x.device)]
-    y, last = run(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus)
-    return ScanOutput(y, last)
+    if packing is not None:
+        x, dt = packing.pack(x), packing.pack(dt)
+        B, C = (M if M.ndim == 2 else packing.pack(M) for M in (B, C))
+        gate = None if gate is None else packing.pack(gate)
+    y, last = run(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus, cu_seqlens=cu_seqlens)
+    return ScanOutput(y if packing is None else packing.unpack(y), last)
 
 
 def selective_step(
@@ -221,6 +262,15 @@ def _form_of_step(name: str, M: Tensor) -> str:
             f"selective_step: {name} must have shape (b, n) or (b, g, n), got {tuple(M.shape)}"
         )
     return axes
+
+
+def _check_states(state: Tensor | None, s: int, sizes: dict[str, int]) -> None:
+    """Check that the state of a pack is one for each of its ``s`` sequences."""
+    if state is not None and state.shape != (s, sizes["d"], sizes["n"]):
+        raise ValueError(
+            f"selective_scan: state must have shape (s={s}, d={sizes['d']}, n={sizes['n']}), "
+            f"got {tuple(state.shape)}"
+        )
 
 
 def _check_rest(operation: str, sizes: dict[str, int], dt_softplus: bool) -> None:

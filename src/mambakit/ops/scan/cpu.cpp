@@ -14,6 +14,10 @@
 // each chunk does to a state of zeros, chunks are joined by exp(A sum dt), the decay over a whole
 // chunk, and the second pass knows where each chunk starts.
 //
+// A pack, sequences that lie end to end, is one row of the batch whose tiles end where a sequence
+// does. A span walks it as it walks one sequence, and where a tile belongs to another sequence than
+// the tile before, it puts one state down and takes up the other.
+//
 // Sums over channels and sequences are made within a span first and then from span to span in
 // their order, whichever thread ran them: results repeat bit for bit for a given thread count.
 
@@ -58,13 +62,15 @@ struct Rows {
 struct ScanArguments {
   int64_t b, l, d, n, g;
   int64_t softplus, threads;
+  int64_t sequences;                         // b, or how many a pack holds
+  const int64_t* starts;                     // null, or where each of a pack begins; then l
   Rows x, dt, gate, B, C;
   const void *A, *D, *dt_bias;               // (d, n), (d), (d)
   const void *B_constant, *C_constant;       // (d, n) in place of B, C
-  const void* state;                         // (b, d, n)
+  const void* state;                         // (sequences, d, n)
   void* checkpoints;                         // (b, tiles, n, d), but see write_packed()
   Rows y;
-  void* last_state;                          // (b, d, n)
+  void* last_state;                          // (sequences, d, n)
   Rows dy;
   const void* dlast_state;
   Rows dx, ddt, dgate, dB, dC;
@@ -141,11 +147,19 @@ struct Span {
   int64_t chunk, part;                  // part: which of its group's spans of channels
 };
 
+// The sequence and the steps of a tile.
+struct Place {
+  int64_t sequence, t0;
+  int steps;
+};
+
 // How the work is cut: each group's channels into `blocks` blocks and `parts` spans of them, and
-// the sequence into `chunks`.
+// each row of the batch into `chunks`.
 struct Plan {
   int64_t blocks, parts, chunks, tiles;
   int width, threads;
+  // of each tile of a pack: its sequence and its first step
+  const int64_t *sequences = nullptr, *steps = nullptr;
 
   int64_t tasks(const Arguments& a) const { return a.b * a.g * parts * chunks; }
 
@@ -158,8 +172,43 @@ struct Plan {
     s.index = s.batch * chunks + s.chunk;
     s.first_block = blocks * s.part / parts;
     s.blocks = blocks * (s.part + 1) / parts - s.first_block;
-    s.first_tile = tiles * s.chunk / chunks;
-    s.last_tile = tiles * (s.chunk + 1) / chunks;
+    s.first_tile = cut(a, s.chunk);
+    s.last_tile = cut(a, s.chunk + 1);
+    return s;
+  }
+
+  // The first tile of a chunk. Those of a pack have about as many steps each, for its tiles are
+  // of any length.
+  int64_t cut(const Arguments& a, int64_t chunk) const {
+    if (!a.starts) return tiles * chunk / chunks;
+    return std::lower_bound(steps, steps + tiles, a.l * chunk / chunks) - steps;
+  }
+
+  Place place(const Arguments& a, int64_t batch, int64_t tile) const {
+    const int64_t sequence = a.starts ? sequences[tile] : batch;
+    const int64_t t0 = a.starts ? steps[tile] : tile * tile_steps;
+    const int64_t end = a.starts ? a.starts[sequence + 1] : a.l;
+    return {sequence, t0, static_cast<int>(std::min<int64_t>(tile_steps, end - t0))};
+  }
+
+  // Whether a sequence ends before the tile, so that no state crosses.
+  bool is_edge(const Arguments& a, int64_t tile) const {
+    if (tile == 0 || tile == tiles) return true;
+    return a.starts && sequences[tile] != sequences[tile - 1];
+  }
+
+  // What the first pass walks of a chunk: its part of the sequence that goes on in the next chunk
+  // in `direction`.
+  Span handed_on(const Arguments& a, Span s, int direction) const {
+    if (!a.starts) return s;
+    const int64_t* end = sequences + tiles;
+    if (direction > 0) {
+      const int64_t* from = std::lower_bound(sequences, end, sequences[s.last_tile - 1]);
+      s.first_tile = std::max<int64_t>(s.first_tile, from - sequences);
+    } else {
+      const int64_t* to = std::upper_bound(sequences, end, sequences[s.first_tile]);
+      s.last_tile = std::min<int64_t>(s.last_tile, to - sequences);
+    }
     return s;
   }
 
@@ -177,7 +226,11 @@ Plan plan(const Arguments& a, int width, int64_t least_chunks) {
   p.width = width;
   const int64_t size = a.d / a.g;
   p.blocks = (size + width - 1) / width;
-  p.tiles = (a.l + tile_steps - 1) / tile_steps;
+  const auto in_tiles = [](int64_t steps) { return (steps + tile_steps - 1) / tile_steps; };
+  p.tiles = a.starts ? 0 : in_tiles(a.l);
+  for (int64_t k = 0; a.starts && k < a.sequences; ++k) {
+    p.tiles += in_tiles(a.starts[k + 1] - a.starts[k]);
+  }
   p.parts = p.chunks = 1;
   // A second thread pays when each has some ten microseconds of work.
   const int64_t rows = a.b * a.g, vectors = rows * p.blocks * a.l * (a.n + 4);
@@ -189,9 +242,25 @@ Plan plan(const Arguments& a, int width, int64_t least_chunks) {
     return p;
   }
   p.parts = p.blocks;
-  const int64_t chunks = std::min(p.tiles, p.threads / (rows * p.blocks));
+  int64_t chunks = std::min(p.tiles, p.threads / (rows * p.blocks));
+  if (a.starts) {
+    chunks = std::min(chunks, a.l / tile_steps);  // a tile for each
+    // of short sequences little is handed on, and the first pass has little to do
+    if (a.sequences >= 4 * chunks) least_chunks = 2;
+  }
   if (chunks >= least_chunks) p.chunks = chunks;
   return p;
+}
+
+// Fills in the tiles of a pack: `table` has room for two numbers a tile.
+void list_tiles(const Arguments& a, Plan& p, int64_t* table) {
+  int64_t *sequences = table, *steps = table + p.tiles;
+  p.sequences = sequences, p.steps = steps;
+  for (int64_t k = 0; k < a.sequences; ++k) {
+    for (int64_t t = a.starts[k]; t < a.starts[k + 1]; t += tile_steps) {
+      *sequences++ = k, *steps++ = t;
+    }
+  }
 }
 
 // ---------------------------------------------------------------- rows in and out
@@ -378,39 +447,34 @@ struct SoftplusDouble {
 template <typename S>
 using Softplus = std::conditional_t<std::is_same_v<S, double>, SoftplusDouble, SoftplusFloat>;
 
-// Addresses to ask for ahead of time, one for each step: the lines of some rows of a tensor.
+// Lines to ask for ahead of time, one for each step: those of some rows of a tensor.
 struct Ahead {
-  const char* row;
-  int64_t stride;
-  int log2_lines;
+  const char* rows;
+  const int64_t* offsets;
 
   // Into the L2 cache: rows are a multiple of 4 KB apart more often than not, and would displace
   // one another in L1.
-  void fetch(int64_t t) const {
-    const int64_t line = t & ((1 << log2_lines) - 1);
-    __builtin_prefetch(row + (t >> log2_lines) * stride + line * 64, 0, 2);
-  }
+  void fetch(int64_t t) const { __builtin_prefetch(rows + offsets[t], 0, 2); }
 };
 
 // Asks for what comes after the 8 blocks that are at work, an eighth of its rows during each of
-// them and one tensor during each group of states. Each row is asked for 8 blocks at once: rows
-// lie on different pages, and to find a page takes longer than to fetch a line.
+// them. A row is asked for 8 blocks at once: rows lie on different pages, and to find a page
+// takes longer than to fetch a line. The lines are dealt out evenly to a block's passes over its
+// tile, since the processor can wait for a dozen of them at a time and no more.
 class Fetcher {
  public:
   static constexpr int blocks = 8;
 
-  // `turn`: which of the 8 blocks is at work.
-  Fetcher(int64_t batch, int64_t t0, int64_t channel, int64_t turn, int width)
-      : batch_(batch), t_(t0 + turn * tile_steps / blocks), channel_(channel), width_(width) {}
+  // `passes`: how often a block's recurrence walks its tile.
+  Fetcher(int64_t batch, int width, int64_t passes)
+      : batch_(batch), width_(width), passes_(passes) {}
 
   void add(const Rows& rows) {
     if (!rows.data) return;
-    const int64_t bytes = rows.dtype == float64 ? 8 : rows.dtype == float32 ? 4 : 2;
-    const int64_t at = batch_ * rows.batch + t_ * rows.time + channel_;
-    int log2_lines = 0;
-    while (64 << log2_lines < blocks * width_ * bytes) ++log2_lines;
-    list_[size_++] = {static_cast<const char*>(rows.data) + at * bytes, rows.time * bytes,
-                      log2_lines};
+    Source& source = sources_[size_++];
+    source.bytes = rows.dtype == float64 ? 8 : rows.dtype == float32 ? 4 : 2;
+    source.data = static_cast<const char*>(rows.data) + batch_ * rows.batch * source.bytes;
+    source.time = rows.time * source.bytes;
   }
 
   // The same for rows that will be written, unless they are not read for that.
@@ -419,24 +483,119 @@ class Fetcher {
     if (!is_lines<S>(rows, batch_, block)) add(rows);
   }
 
-  // What to fetch during pass `i`; where there is nothing left, one address over and over.
-  Ahead pass(unsigned i) const {
-    static const char nothing[512] = {};
-    return i < static_cast<unsigned>(size_) ? list_[i] : Ahead{nothing, 0, 0};
+  // To be called once all are added.
+  void deal() {
+    spread_ = size_ > 0 && passes_ >= 2 * size_ ? 2 : 1;
+    for (int i = 0; i < size_; ++i) {
+      const int64_t lines = (blocks * width_ * sources_[i].bytes + 63) / 64;
+      for (int t = 0; t < spread_ * tile_steps; ++t) {
+        const int64_t line = t / spread_;
+        sources_[i].offsets[t] = line / lines * sources_[i].time + line % lines * 64;
+      }
+    }
   }
 
-  // Asks at once for what `passes` passes leave out.
-  void fetch_rest(int passes) const {
-    for (int i = passes; i < size_; ++i) {
-      for (int t = 0; t < tile_steps; ++t) list_[i].fetch(t);
+  // Takes aim at the 8 blocks from `channel` in the tile that starts at t0; `turn` of the 8 blocks
+  // before them is at work. What does not fit its passes is asked for at once.
+  void aim(int64_t t0, int64_t channel, int64_t turn) {
+    const int64_t t = t0 + turn * tile_steps / blocks;
+    for (int i = 0; i < size_; ++i) {
+      const Source& source = sources_[i];
+      rows_[i] = source.data + t * source.time + channel * source.bytes;
+    }
+    for (int64_t i = passes_; i < size_; ++i) {
+      for (int step = 0; step < tile_steps; ++step) pass(i).fetch(step);
+    }
+  }
+
+  // What to fetch during pass `i`; where there is nothing left, one address over and over.
+  Ahead pass(int64_t i) const {
+    static const char nothing[64] = {};
+    static const int64_t nowhere[tile_steps] = {};
+    const int64_t source = i / spread_;
+    if (source >= size_) return {nothing, nowhere};
+    return {rows_[source], sources_[source].offsets + i % spread_ * tile_steps};
+  }
+
+ private:
+  struct Source {
+    const char* data;
+    int64_t bytes, time;
+    int64_t offsets[2 * tile_steps];
+  };
+
+  int64_t batch_;
+  int width_;
+  int64_t passes_;
+  int size_ = 0, spread_ = 1;
+  Source sources_[8];
+  const char* rows_[8];
+};
+
+// Finished vectors to write past the caches, one for each step or for every other.
+template <typename S>
+struct Behind {
+  const Vec<S>* values;
+  S* to;
+  int64_t stride;
+  int mask, parity;  // the steps whose number ends in these bits
+
+  void write(int64_t t) const {
+    if constexpr (fills_line<S>) {
+      if ((t & mask) == parity) stream(to + t * stride, values[t]);
+    }
+  }
+};
+
+// Keeps the finished tiles of a block until they are written, one line at a time, amid the
+// arithmetic of the block that follows. All at once they are more than the processor can have
+// under way, and whatever it stores after them has to wait.
+template <typename S>
+class Outbox {
+ public:
+  // `passes`: how often a block's recurrence walks its tile.
+  explicit Outbox(int64_t passes) : passes_(passes) {}
+
+  // `tile` must stay as it is until aim() is called for the second time from now. What is not
+  // whole lines is written at once.
+  void put(const Vec<S>* tile, const Rows& rows, int64_t batch, int64_t t0, int steps,
+           Block block) {
+    if (!is_lines<S>(rows, batch, block)) {
+      write_tile<S>(tile, rows, batch, t0, steps, block);
+      return;
+    }
+    S* to = static_cast<S*>(rows.data) + batch * rows.batch + t0 * rows.time + block.channel;
+    list_[size_++] = {tile, to, rows.time, 0, 0};
+    steps_ = steps;
+  }
+
+  // Leaves to the passes over a tile of `steps` what they can write, and writes the rest.
+  void aim(int steps) {
+    flush(steps == steps_ ? passes_ : 0);
+    spread_ = passes_ >= 2 * size_ ? 2 : 1;
+    left_ = size_;
+    size_ = 0;
+  }
+
+  // What to write during pass `i`.
+  Behind<S> pass(int64_t i) const {
+    if (i >= spread_ * left_) return {nullptr, nullptr, 0, 0, 1};
+    Behind<S> behind = list_[i / spread_];
+    behind.mask = spread_ - 1, behind.parity = i % spread_;
+    return behind;
+  }
+
+  // Writes all but the first `kept` tiles.
+  void flush(int64_t kept = 0) {
+    for (; size_ > kept; --size_) {
+      for (int t = 0; t < steps_; ++t) list_[size_ - 1].write(t);
     }
   }
 
  private:
-  int64_t batch_, t_, channel_;
-  int width_;
-  Ahead list_[8];
-  int size_ = 0;
+  int64_t passes_;
+  int size_ = 0, left_ = 0, steps_ = 0, spread_ = 1;
+  Behind<S> list_[3];
 };
 
 // B or C as the recurrence reads it: a number for each token, or a vector for all time.
@@ -476,11 +635,12 @@ struct Kernel {
   // k states through a tile; y gains what they are read as.
   template <int k>
   static void advance(V* state, const V* rates, BTerm B, CTerm C, const V* dt, const V* input,
-                      V* y, int steps, Ahead ahead) {
+                      V* y, int steps, Ahead ahead, Behind<S> behind) {
     V h[k], rate[k];
     for (int i = 0; i < k; ++i) h[i] = state[i], rate[i] = rates[i];
     for (int t = 0; t < steps; ++t) {
       ahead.fetch(t);
+      behind.write(t);
       const V d = dt[t], u = input[t];
       V sum = y[t];
 #pragma GCC unroll 8
@@ -510,7 +670,7 @@ struct Kernel {
   template <int k>
   static void replay(const V* state, const V* rates, BTerm B, CTerm C, const V* dt,
                      const V* input, const V* dy, V* y, V* trail, Sums sums, int steps,
-                     Ahead ahead) {
+                     Ahead ahead, Behind<S> behind) {
     V h[k], rate[k], dC[k];
     for (int i = 0; i < k; ++i) {
       h[i] = state[i], rate[i] = rates[i];
@@ -519,6 +679,7 @@ struct Kernel {
     V* tokens = sums.tokens + k;
     for (int t = 0; t < steps; ++t, trail += record * k, tokens += record * k) {
       ahead.fetch(t);
+      behind.write(t);
       const V d = dt[t], u = input[t], gradient = dy[t];
       V sum = y[t];
 #pragma GCC unroll 8
@@ -546,7 +707,7 @@ struct Kernel {
   template <int k>
   static void walk_back(V* carry, const V* rates, BTerm B, CTerm C, const V* dt, const V* input,
                         const V* dy, const V* trail, Sums sums, V* by_rate, V* by_input,
-                        int steps, Ahead ahead) {
+                        int steps, Ahead ahead, Behind<S> behind) {
     V c[k], rate[k], drate[k], dB[k];
     trail += record * k * steps;
     V* tokens = sums.tokens + record * k * steps;
@@ -558,6 +719,7 @@ struct Kernel {
       trail -= record * k;
       tokens -= record * k;
       ahead.fetch(t);
+      behind.write(t);
       const V d = dt[t], u = input[t], gradient = dy[t];
       V along_rate = by_rate[t], along_input = by_input[t];
 #pragma GCC unroll 8
@@ -600,18 +762,38 @@ struct Kernel {
     }
   }
 
-  // For block k of a tile: what comes after its 8 blocks, in this tile or at the start of the
+  // Aims at what comes after the 8 blocks that block k is of, in this tile or at the start of the
   // next one in `direction`.
-  static Fetcher fetcher(const Arguments& a, const Plan& p, const Span& span, int64_t tile,
-                         int64_t k, int direction) {
+  static void aim(Fetcher& fetcher, const Arguments& a, const Plan& p, const Span& span,
+                  int64_t tile, int64_t k, int direction) {
     int64_t next = k - k % Fetcher::blocks + Fetcher::blocks;
     if (next >= span.blocks) {
       next = 0;
       tile += direction;
     }
     tile = std::clamp(tile, span.first_tile, span.last_tile - 1);
-    return {span.batch, tile * tile_steps, p.block(a, span, next).channel, k % Fetcher::blocks,
-            lanes<S>};
+    const int64_t t0 = p.place(a, span.batch, tile).t0;
+    fetcher.aim(t0, p.block(a, span, next).channel, k % Fetcher::blocks);
+  }
+
+  // What each block of the span has where the walk enters a sequence, out of (sequences, d, n) or
+  // zeros if that is null; and what it has where the walk leaves it, into such an array if there
+  // is one.
+  static void take_up(V* states, const void* given, int64_t sequence, const Arguments& a,
+                      const Plan& p, const Span& span) {
+    const S* from = static_cast<const S*>(given) + sequence * a.d * a.n;
+    if (!given) std::memset(static_cast<void*>(states), 0, span.blocks * a.n * sizeof(V));
+    for (int64_t k = 0; given && k < span.blocks; ++k) {
+      read_channels<S>(states + k * a.n, from, a.n, p.block(a, span, k));
+    }
+  }
+
+  static void put_down(const V* states, void* array, int64_t sequence, const Arguments& a,
+                       const Plan& p, const Span& span) {
+    S* to = static_cast<S*>(array) + sequence * a.d * a.n;
+    for (int64_t k = 0; array && k < span.blocks; ++k) {
+      write_channels<S>(to, states + k * a.n, a.n, p.block(a, span, k));
+    }
   }
 
   // ---------------------------------------------------------------- forward
@@ -628,15 +810,16 @@ struct Kernel {
                            Chunks chunks) {
     const FlushDenormals flush;
     const int64_t n = a.n, kn = span.blocks * n;
-    Workspace memory((2 * kn + 3 * tile_steps + 2 * n + span.blocks) * sizeof(V) +
+    Workspace memory((2 * kn + 4 * tile_steps + 2 * n + span.blocks) * sizeof(V) +
                          2 * tile_steps * n * sizeof(S),
-                     10);
+                     11);
     if (!memory) return false;
     V* states = memory.template take<V>(kn);
     V* rates = memory.template take<V>(kn);
     V* dt = memory.template take<V>(tile_steps);
     V* input = memory.template take<V>(tile_steps);
     V* y = memory.template take<V>(tile_steps);
+    V* last_y = memory.template take<V>(tile_steps);  // of the block before
     V* B_fixed = memory.template take<V>(n);
     V* C_fixed = memory.template take<V>(n);
     V* elapsed = memory.template take_zeros<V>(span.blocks);
@@ -645,20 +828,34 @@ struct Kernel {
 
     for (int64_t k = 0; k < span.blocks; ++k) {
       const Block block = p.block(a, span, k);
-      V* h = states + k * n;
       read_rates(rates + k * n, a, block);
       if (p.chunks > 1 && !first) {
-        read_plane(h, chunks.edges + span.index * n * a.d, n, a.d, block);
-      } else if (!first && a.state) {
-        read_channels<S>(h, static_cast<const S*>(a.state) + span.batch * a.d * n, n, block);
-      } else {
-        std::memset(static_cast<void*>(h), 0, n * sizeof(V));
+        read_plane(states + k * n, chunks.edges + span.index * n * a.d, n, a.d, block);
       }
     }
+    int64_t sequence = p.place(a, span.batch, span.first_tile).sequence;
+    if (p.chunks == 1 || first) {
+      take_up(states, first ? nullptr : a.state, sequence, a, p, span);
+    }
+
+    const int64_t passes = n / K + n % K;
+    Fetcher fetcher(span.batch, lanes<S>, passes);
+    Outbox<S> outbox(passes);
+    if (!first) {
+      for (const Rows* rows : {&a.x, &a.dt, &a.gate}) fetcher.add(*rows);
+      fetcher.template add_output<S>(a.y, p.block(a, span, 0));
+    }
+    fetcher.deal();
 
     for (int64_t tile = span.first_tile; tile < span.last_tile; ++tile) {
-      const int64_t t0 = tile * tile_steps;
-      const int steps = static_cast<int>(std::min<int64_t>(tile_steps, a.l - t0));
+      const Place place = p.place(a, span.batch, tile);
+      const int64_t t0 = place.t0;
+      const int steps = place.steps;
+      if (place.sequence != sequence) {
+        put_down(states, a.last_state, sequence, a, p, span);
+        sequence = place.sequence;
+        take_up(states, a.state, sequence, a, p, span);
+      }
       if (token_B) read_tokens(B_tile, a.B, n, span, t0, steps);
       if (token_C) read_tokens(C_tile, a.C, n, span, t0, steps);
 
@@ -669,12 +866,8 @@ struct Kernel {
           S* plane = static_cast<S*>(a.checkpoints) + (span.batch * p.tiles + tile) * n * a.d;
           write_packed(plane, h, n, block);
         }
-        Fetcher next = fetcher(a, p, span, tile, k, 1);
-        if (!first) {
-          for (const Rows* rows : {&a.x, &a.dt, &a.gate}) next.add(*rows);
-          next.template add_output<S>(a.y, block);
-        }
-        next.fetch_rest((n + K - 1) / K);
+        aim(fetcher, a, p, span, tile, k, 1);
+        outbox.aim(steps);
 
         prepare(a, span.batch, t0, steps, block, dt, input, y);
         if (first) {
@@ -684,13 +877,13 @@ struct Kernel {
         const CTerm C = term<token_C>(C_tile, C_fixed, a.C_constant, n, block);
         int64_t i = 0;
         int pass = 0;
-        for (; i + K <= n; i += K) {
+        for (; i + K <= n; i += K, ++pass) {
           advance<K>(h + i, rates + k * n + i, B.from(i), C.from(i), dt, input, y, steps,
-                     next.pass(pass++));
+                     fetcher.pass(pass), outbox.pass(pass));
         }
-        for (; i < n; ++i) {
+        for (; i < n; ++i, ++pass) {
           advance<1>(h + i, rates + k * n + i, B.from(i), C.from(i), dt, input, y, steps,
-                     next.pass(pass++));
+                     fetcher.pass(pass), outbox.pass(pass));
         }
         if (!first) {
           if (a.gate.data) {
@@ -698,11 +891,13 @@ struct Kernel {
             read_tile<S>(gate, a.gate, span.batch, t0, steps, block);
             for (int t = 0; t < steps; ++t) y[t] *= gate[t] * sigmoid<S>(gate[t]);
           }
-          write_tile<S>(y, a.y, span.batch, t0, steps, block);
+          outbox.put(y, a.y, span.batch, t0, steps, block);
+          std::swap(y, last_y);
         }
       }
     }
 
+    outbox.flush();
     finish_streams();
 
     for (int64_t k = 0; k < span.blocks; ++k) {
@@ -711,10 +906,10 @@ struct Kernel {
         // The state that this chunk makes of zeros; join_chunks() turns it into the next one's.
         write_plane(chunks.edges + (span.index + 1) * n * a.d, states + k * n, n, a.d, block);
         write_vector<S>(chunks.elapsed + span.index * a.d, elapsed[k], block);
-      } else if (span.chunk == p.chunks - 1) {
-        write_channels<S>(static_cast<S*>(a.last_state) + span.batch * a.d * n, states + k * n, n,
-                       block);
       }
+    }
+    if (!first && p.is_edge(a, span.last_tile)) {
+      put_down(states, a.last_state, sequence, a, p, span);
     }
     return true;
   }
@@ -771,10 +966,10 @@ struct Kernel {
     const FlushDenormals flush;
     const int64_t n = a.n, kn = span.blocks * n;
     Workspace memory((4 * kn + (token_B ? 0 : kn) + (token_C ? 0 : kn) + 3 * span.blocks +
-                      3 * n + 9 * tile_steps + record * tile_steps * (n + 2 * K)) *
+                      3 * n + 12 * tile_steps + record * tile_steps * (n + 2 * K)) *
                              sizeof(V) +
                          2 * tile_steps * n * sizeof(S),
-                     26);
+                     29);
     if (!memory) return false;
     V* carries = memory.template take<V>(kn);
     V* rates = memory.template take<V>(kn);
@@ -793,34 +988,53 @@ struct Kernel {
                       &tile.dgate, &tile.by_rate, &tile.by_input}) {
       *array = memory.template take<V>(tile_steps);
     }
+    Tile last = tile;  // of the block before, for what is still to be written
+    for (V** array : {&last.dgate, &last.by_rate, &last.by_input}) {
+      *array = memory.template take<V>(tile_steps);
+    }
     V* trail = memory.template take<V>(record * tile_steps * (n + 2 * K));
     // dB and dC of each token and state, still apart by lane: (state group, step, record).
     V* tokens = trail + record * K * tile_steps;
+    if (!first && (token_B || token_C)) {
+      std::memset(static_cast<void*>(tokens), 0, record * tile_steps * (n + K) * sizeof(V));
+    }
     S* B_tile = memory.template take<S>(tile_steps * n);
     S* C_tile = memory.template take<S>(tile_steps * n);
 
     for (int64_t k = 0; k < span.blocks; ++k) {
       const Block block = p.block(a, span, k);
-      V* carry = carries + k * n;
       read_rates(rates + k * n, a, block);
       if (!first && p.chunks > 1) {
-        read_plane(carry, chunks.edges + span.index * n * a.d, n, a.d, block);
-      } else if (!first && a.dlast_state) {
-        read_channels<S>(carry, static_cast<const S*>(a.dlast_state) + span.batch * a.d * n, n,
-                         block);
-      } else {
-        std::memset(static_cast<void*>(carry), 0, n * sizeof(V));
+        read_plane(carries + k * n, chunks.edges + span.index * n * a.d, n, a.d, block);
       }
     }
+    int64_t sequence = p.place(a, span.batch, span.last_tile - 1).sequence;
+    if (p.chunks == 1 || first) {
+      take_up(carries, first ? nullptr : a.dlast_state, sequence, a, p, span);
+    }
+
+    const int64_t passes = 2 * (n / K + n % K);
+    Fetcher fetcher(span.batch, lanes<S>, passes);
+    Outbox<S> outbox(passes);
+    if (!first) {
+      for (const Rows* rows : {&a.x, &a.dt, &a.gate, &a.dy}) fetcher.add(*rows);
+      for (const Rows* rows : {&a.dx, &a.ddt, &a.dgate}) {
+        fetcher.template add_output<S>(*rows, p.block(a, span, 0));
+      }
+    }
+    fetcher.deal();
 
     for (int64_t at = span.last_tile - 1; at >= span.first_tile; --at) {
-      const int64_t t0 = at * tile_steps;
-      const int steps = static_cast<int>(std::min<int64_t>(tile_steps, a.l - t0));
+      const Place place = p.place(a, span.batch, at);
+      const int64_t t0 = place.t0;
+      const int steps = place.steps;
+      if (place.sequence != sequence) {
+        put_down(carries, a.dstate, sequence, a, p, span);
+        sequence = place.sequence;
+        take_up(carries, a.dlast_state, sequence, a, p, span);
+      }
       if (token_B) read_tokens(B_tile, a.B, n, span, t0, steps);
       if (token_C) read_tokens(C_tile, a.C, n, span, t0, steps);
-      if (!first && (token_B || token_C)) {
-        std::memset(static_cast<void*>(tokens), 0, record * tile_steps * (n + K) * sizeof(V));
-      }
 
       for (int64_t k = 0; k < span.blocks; ++k) {
         const Block block = p.block(a, span, k);
@@ -834,12 +1048,8 @@ struct Kernel {
           retreat(carry, rate, C, tile.dt, tile.dy, n, steps);
           continue;
         }
-        Fetcher next = fetcher(a, p, span, at, k, -1);
-        for (const Rows* rows : {&a.x, &a.dt, &a.gate, &a.dy}) next.add(*rows);
-        for (const Rows* rows : {&a.dx, &a.ddt, &a.dgate}) {
-          next.template add_output<S>(*rows, block);
-        }
-        next.fetch_rest(2 * ((n + K - 1) / K));
+        aim(fetcher, a, p, span, at, k, -1);
+        outbox.aim(steps);
         const S* plane =
             static_cast<const S*>(a.checkpoints) + (span.batch * p.tiles + at) * n * a.d;
         read_packed(start, plane, n, block);
@@ -849,10 +1059,11 @@ struct Kernel {
           const Sums sums{drates + k * n + i, drates_lost + k * n + i, dB_fixed + k * n + i,
                           dC_fixed + k * n + i, tokens + record * tile_steps * i + 2 * k_states};
           replay<k_states>(start + i, rate + i, B.from(i), C.from(i), tile.dt, tile.input,
-                           tile.dy, tile.y, trail, sums, steps, next.pass(pass));
+                           tile.dy, tile.y, trail, sums, steps, fetcher.pass(pass),
+                           outbox.pass(pass));
           walk_back<k_states>(carry + i, rate + i, B.from(i), C.from(i), tile.dt, tile.input,
                               tile.dy, trail, sums, tile.by_rate, tile.by_input, steps,
-                              next.pass(pass + 1));
+                              fetcher.pass(pass + 1), outbox.pass(pass + 1));
         };
         int64_t i = 0;
         int pass = 0;
@@ -862,7 +1073,8 @@ struct Kernel {
         for (; i < n; ++i, pass += 2) {
           there_and_back(std::integral_constant<int, 1>{}, i, pass);
         }
-        finish_back(a, span.batch, t0, steps, block, tile, dskip[k], dbias[k]);
+        finish_back(a, span.batch, t0, steps, block, tile, outbox, dskip[k], dbias[k]);
+        std::swap(tile, last);
       }
       if (!first) {
         if (token_B) sum_tokens(partial.B, tokens, 0, a, span, t0, steps);
@@ -870,6 +1082,7 @@ struct Kernel {
       }
     }
 
+    outbox.flush();
     finish_streams();
 
     for (int64_t k = 0; k < span.blocks; ++k) {
@@ -879,16 +1092,15 @@ struct Kernel {
         write_vector<S>(chunks.elapsed + span.index * a.d, elapsed[k], block);
         continue;
       }
-      if (a.dstate && span.chunk == 0) {
-        write_channels<S>(static_cast<S*>(a.dstate) + span.batch * a.d * n, carries + k * n, n,
-                       block);
-      }
       const int64_t matrix = span.index * a.d * n, vector = span.index * a.d;
       write_channels<S>(partial.rates + matrix, drates + k * n, n, block);
       if (!token_B) write_channels<S>(partial.B_fixed + matrix, dB_fixed + k * n, n, block);
       if (!token_C) write_channels<S>(partial.C_fixed + matrix, dC_fixed + k * n, n, block);
       write_vector<S>(partial.skip + vector, dskip[k], block);
       write_vector<S>(partial.bias + vector, dbias[k], block);
+    }
+    if (!first && p.is_edge(a, span.first_tile)) {
+      put_down(carries, a.dstate, sequence, a, p, span);
     }
     return true;
   }
@@ -925,7 +1137,7 @@ struct Kernel {
   }
 
   static void finish_back(const Arguments& a, int64_t batch, int64_t t0, int steps, Block block,
-                          const Tile& tile, V& dskip, V& dbias) {
+                          const Tile& tile, Outbox<S>& outbox, V& dskip, V& dbias) {
     const V D = read_vector<S>(a.D, block);
     V skip{}, bias{};
     for (int t = 0; t < steps; ++t) {
@@ -939,13 +1151,13 @@ struct Kernel {
       tile.dgate[t] *= tile.y[t];
     }
     dskip += skip, dbias += bias;
-    write_tile<S>(tile.by_input, a.dx, batch, t0, steps, block);
-    write_tile<S>(tile.by_rate, a.ddt, batch, t0, steps, block);
-    if (a.gate.data) write_tile<S>(tile.dgate, a.dgate, batch, t0, steps, block);
+    outbox.put(tile.by_input, a.dx, batch, t0, steps, block);
+    outbox.put(tile.by_rate, a.ddt, batch, t0, steps, block);
+    if (a.gate.data) outbox.put(tile.dgate, a.dgate, batch, t0, steps, block);
   }
 
-  // dB (half 0) or dC (half 1) of a tile: the lanes are added up.
-  static void sum_tokens(S* partial, const V* tokens, int half, const Arguments& a,
+  // dB (half 0) or dC (half 1) of a tile: the lanes are added up, and the sums start anew.
+  static void sum_tokens(S* partial, V* tokens, int half, const Arguments& a,
                          const Span& span, int64_t t0, int steps) {
     const int64_t n = a.n;
     S* out = partial + (((span.part * a.b + span.batch) * a.l + t0) * a.g + span.group) * n;
@@ -960,7 +1172,7 @@ struct Kernel {
 
   // The sum of each of k vectors: 16 bytes at a time, then lane by lane.
   template <int k>
-  static void sum_lanes(S* out, const V* vectors) {
+  static void sum_lanes(S* out, V* vectors) {
     using Quarter = typename VectorOf<S, 16>::type;
     constexpr int count = 16 / sizeof(S);
     const S* from = reinterpret_cast<const S*>(vectors);
@@ -971,28 +1183,40 @@ struct Kernel {
       S total = sum[0];
       for (int j = 1; j < count; ++j) total += sum[j];
       out[i] = total;
+      vectors[i] = V{};
     }
   }
 };
 
 // ---------------------------------------------------------------- between the spans
 
-// Walks the edges from chunk to chunk, forward (direction 1) or backward (-1): what a chunk is
-// given, decayed over the chunk, joins what the chunk made of zeros.
+// Walks the edges from chunk to chunk, forward (direction 1) or backward (-1): what the walk of
+// the first pass is given, decayed over that walk, joins what it made of zeros.
 template <typename S, typename Chunks>
 void join(const Arguments& a, const Plan& p, Chunks chunks, const S* given, int direction) {
   const S* A = static_cast<const S*>(a.A);
-  const int64_t first = direction > 0 ? 0 : p.chunks - 1;
-  for (int64_t b = 0; b < a.b; ++b) {
-    for (int64_t c = 0; c < a.d; ++c) {
-      for (int64_t i = 0; i < a.n; ++i) {
-        S edge = given ? given[(b * a.d + c) * a.n + i] : S(0);
-        for (int64_t k = 0, chunk = first; k < p.chunks; ++k, chunk += direction) {
-          S* made = chunks.edges + ((b * p.chunks + chunk) * a.n + i) * a.d + c;
-          if (k > 0) edge += *made;
-          *made = edge;
-          edge *= std::exp(A[c * a.n + i] * chunks.elapsed[(b * p.chunks + chunk) * a.d + c]);
-        }
+  for (int64_t k = 0; k < a.b * p.chunks; ++k) {
+    const int64_t batch = k / p.chunks, within = k % p.chunks;
+    const int64_t chunk = direction > 0 ? within : p.chunks - 1 - within;
+    const auto span = [&](int64_t i) {
+      return p.span(a, (batch * a.g * p.chunks + i) * p.parts);
+    };
+    const auto enters_a_sequence = [&](const Span& s) {
+      return p.is_edge(a, direction > 0 ? s.first_tile : s.last_tile);
+    };
+    const Span here = span(chunk);
+    const bool fresh = enters_a_sequence(here);
+    const Span walked = fresh ? here : p.handed_on(a, span(chunk - direction), direction);
+    const bool from_given = enters_a_sequence(walked);
+    const int64_t tile = direction > 0 ? walked.first_tile : walked.last_tile - 1;
+    const S* start = given ? given + p.place(a, batch, tile).sequence * a.d * a.n : nullptr;
+    for (int64_t i = 0; i < a.n; ++i) {
+      S* edges = chunks.edges + (here.index * a.n + i) * a.d;
+      const S* entered = chunks.edges + (walked.index * a.n + i) * a.d;
+      for (int64_t c = 0; c < a.d; ++c) {
+        const S from = !from_given ? entered[c] : start ? start[c * a.n + i] : S(0);
+        const S elapsed = chunks.elapsed[walked.index * a.d + c];
+        edges[c] = fresh ? from : edges[c] + from * std::exp(A[c * a.n + i] * elapsed);
       }
     }
   }
@@ -1063,8 +1287,12 @@ bool run(int64_t count, int threads, const Task& task) {
 
 template <typename K, typename S>
 bool forward(const Arguments& a) {
-  const Plan p = plan(a, lanes<S>, 3);
+  Plan p = plan(a, lanes<S>, 3);
+  Workspace table(a.starts ? 2 * p.tiles * sizeof(int64_t) : 0, 1);
+  if (!table) return false;
+  if (a.starts) list_tiles(a, p, table.take<int64_t>(2 * p.tiles));
   prefer_large_pages(a, {&a.y});
+  prefer_large_pages(a.last_state, a.sequences * a.d * a.n * sizeof(S));
   if (a.checkpoints) {
     prefer_large_pages(a.checkpoints, a.b * p.tiles * a.n * a.d * sizeof(S));
   }
@@ -1075,8 +1303,8 @@ bool forward(const Arguments& a) {
   if (p.chunks > 1) {
     chunks = {memory.take_zeros<S>(edges), memory.take_zeros<S>(elapsed)};
     const bool done = run(p.tasks(a), p.threads, [&](int64_t task) {
-      const Span span = p.span(a, task);
-      return span.chunk == p.chunks - 1 || K::forward_span(a, p, span, true, chunks);
+      const Span span = p.handed_on(a, p.span(a, task), 1);
+      return p.is_edge(a, span.last_tile) || K::forward_span(a, p, span, true, chunks);
     });
     if (!done) return false;
     join(a, p, chunks, static_cast<const S*>(a.state), 1);
@@ -1088,8 +1316,12 @@ bool forward(const Arguments& a) {
 
 template <typename K, typename S>
 bool backward(const Arguments& a) {
-  const Plan p = plan(a, lanes<S>, 2);
+  Plan p = plan(a, lanes<S>, 2);
+  Workspace table(a.starts ? 2 * p.tiles * sizeof(int64_t) : 0, 1);
+  if (!table) return false;
+  if (a.starts) list_tiles(a, p, table.take<int64_t>(2 * p.tiles));
   prefer_large_pages(a, {&a.dx, &a.ddt, &a.dgate});
+  if (a.dstate) prefer_large_pages(a.dstate, a.sequences * a.d * a.n * sizeof(S));
   const bool token_B = !a.B_constant, token_C = !a.C_constant;
   const int64_t edges = p.chunks > 1 ? a.b * p.chunks * a.n * a.d : 0;
   const int64_t elapsed = p.chunks > 1 ? a.b * p.chunks * a.d : 0;
@@ -1104,8 +1336,8 @@ bool backward(const Arguments& a) {
   if (p.chunks > 1) {
     chunks = {memory.take_zeros<S>(edges), memory.take_zeros<S>(elapsed)};
     const bool done = run(p.tasks(a), p.threads, [&](int64_t task) {
-      const Span span = p.span(a, task);
-      return span.chunk == 0 || K::backward_span(a, p, span, true, chunks, {});
+      const Span span = p.handed_on(a, p.span(a, task), -1);
+      return p.is_edge(a, span.first_tile) || K::backward_span(a, p, span, true, chunks, {});
     });
     if (!done) return false;
     join(a, p, chunks, static_cast<const S*>(a.dlast_state), -1);

@@ -52,6 +52,8 @@ class _Arguments(ctypes.Structure):
     # ScanArguments in cpu.cpp, field by field.
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("b", "l", "d", "n", "g", "softplus", "threads")),
+        ("sequences", ctypes.c_int64),
+        ("starts", _POINTER),
         *((name, _Rows) for name in ("x", "dt", "gate", "B", "C")),
         *((name, _POINTER) for name in ("A", "D", "dt_bias", "B_constant", "C_constant")),
         ("state", _POINTER),
@@ -69,8 +71,15 @@ class _Arguments(ctypes.Structure):
 _NO_ROWS = _Rows()
 
 
-def checkpoint_shape(b: int, l: int, d: int, n: int) -> tuple[int, int, int, int]:
-    """Return the shape of the states that ``forward`` saves: one before each tile of time."""
+def checkpoint_shape(
+    b: int, l: int, d: int, n: int, sequences: int | None = None
+) -> tuple[int, int, int, int]:
+    """Return the shape of the states that ``forward`` saves: one before each tile of time.
+
+    Those of a pack of ``sequences`` come in the order of time, and some room may be left.
+    """
+    if sequences is not None:
+        return (b, l // TILE_STEPS + sequences, n, d)
     return (b, (l + TILE_STEPS - 1) // TILE_STEPS, n, d)
 
 
@@ -86,17 +95,25 @@ def forward(
     state: Tensor | None,
     dt_softplus: bool,
     save: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the scan; return ``y``, the last state and, if ``save``, the checkpoints.
+
+    With ``cu_seqlens``, int64 on the CPU, the inputs are a pack and there is a state for each
+    sequence.
 
     Raises:
         RuntimeError: The CPU library is missing, or there was no memory to work in.
     """
     call = _Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus)
+    call.pack(cu_seqlens)
     b, l, d, n = call.sizes
+    sequences = None if cu_seqlens is None else call.arguments.sequences
     y = x.new_empty(b, l, d)
-    last_state = x.new_empty(b, d, n, dtype=call.scalar)
-    checkpoints = x.new_empty(checkpoint_shape(b, l, d, n) if save else 0, dtype=call.scalar)
+    last_state = x.new_empty(call.arguments.sequences, d, n, dtype=call.scalar)
+    kept = checkpoint_shape(b, l, d, n, sequences) if save else (0,)
+    checkpoints = x.new_empty(kept, dtype=call.scalar)
 
     call.arguments.y = call.rows(y)
     call.arguments.last_state = last_state.data_ptr()
@@ -120,6 +137,8 @@ def backward(
     state: Tensor | None,
     checkpoints: Tensor,
     dt_softplus: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> Gradients:
     """Return the gradient of each operand, in its own dtype, from what ``forward`` saved.
 
@@ -127,6 +146,7 @@ def backward(
         RuntimeError: The CPU library is missing, or there was no memory to work in.
     """
     call = _Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus)
+    call.pack(cu_seqlens)
     d, n = call.sizes[2:]
     arguments = call.arguments
 
@@ -193,6 +213,7 @@ class _Call:
         arguments = self.arguments = _Arguments(
             b, l, d, n, self.groups, dt_softplus, torch.get_num_threads()
         )
+        arguments.sequences = b
         arguments.x = self.rows(self.dense_rows(x))
         arguments.dt = self.rows(self.dense_rows(dt))
         if gate is not None:
@@ -209,6 +230,13 @@ class _Call:
             arguments.C_constant = self.pointer(self.scalars(C))
         else:
             arguments.C = self.token_rows(self.dense_rows(C))
+
+    def pack(self, cu_seqlens: Tensor | None) -> None:
+        """Tell where the sequences of a pack lie, if it is one."""
+        if cu_seqlens is not None:
+            self.alive.append(cu_seqlens)
+            self.arguments.sequences = cu_seqlens.shape[0] - 1
+            self.arguments.starts = cu_seqlens.data_ptr()
 
     def run(self, name: str) -> None:
         function = getattr(_native.library(), name)

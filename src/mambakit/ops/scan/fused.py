@@ -13,18 +13,20 @@ from .cuda.operands import CHECKPOINT_STEPS
 from .registration import Kernels, register
 
 
-def _forward_on_gpu(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_on_gpu(
+    x: Tensor, *rest: Any, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     if _by_triton(x):
-        return _triton().forward(x, *rest)
-    return cuda_forward.forward(x, *rest)
+        return _triton().forward(x, *rest, cu_seqlens=cu_seqlens)
+    return cuda_forward.forward(x, *rest, cu_seqlens=cu_seqlens)
 
 
 def _backward_on_gpu(
-    dy: Tensor, *rest: Any, dgate: Tensor | None = None
+    dy: Tensor, *rest: Any, dgate: Tensor | None = None, cu_seqlens: Tensor | None
 ) -> registration.Gradients:
     if _by_triton(dy):
-        return _triton().backward(dy, *rest)
-    return cuda_backward.backward(dy, *rest, dgate=dgate)
+        return _triton().backward(dy, *rest, cu_seqlens=cu_seqlens)
+    return cuda_backward.backward(dy, *rest, dgate=dgate, cu_seqlens=cu_seqlens)
 
 
 def _by_triton(tensor: Tensor) -> bool:

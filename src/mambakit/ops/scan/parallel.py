@@ -15,6 +15,9 @@ every block, then walks the blocks from the last to the first with the adjoint r
 from which every gradient follows (docs/maths.md). Batch and channels are cut into parts, one
 after another, so that what it keeps stays within the size of ``x`` for any number of states.
 
+A pack of sequences is walked as one. Where a sequence begins, the walk takes up its state in
+the place of the one that it carries: by a copy, for a product with zero would let a NaN pass.
+
 Blocks have the axes ``(s, b, c, g, n, p)``: steps of the block, batch, chunks, groups, states,
 channels of a group. Channels are last, so that PyTorch's loops run along them. Contractions are
 written as a product and a sum, for TF32 and autocast would round a matrix product.
@@ -56,6 +59,24 @@ class _Plan(NamedTuple):
         return [slice(s, min(s + self.steps, self.length)) for s in starts]
 
 
+class _Meeting(NamedTuple):
+    """Where sequences of a pack meet the same step of their chunks: indices of both."""
+
+    chunks: Tensor
+    sequences: Tensor
+
+
+class _Pack(NamedTuple):
+    """Which sequences begin and which end at a step of the chunks."""
+
+    begins: dict[int, _Meeting]
+    ends: dict[int, _Meeting]
+    cut: frozenset[int]  # the chunks in which a sequence begins
+
+
+_ONE_SEQUENCE = _Pack({}, {}, frozenset())
+
+
 class _Problem(NamedTuple):
     """One part's tensors as the walks want them: views of (q, b, c, g, n, p) that broadcast."""
 
@@ -64,6 +85,8 @@ class _Problem(NamedTuple):
     A: Tensor  # (g, n, p)
     B: Tensor  # (q, b, c, g, n, 1), or (1, 1, 1, g, n, p) if constant
     C: Tensor
+    pack: _Pack
+    given: Tensor  # (s, g, n, p), the state before each sequence of a pack; or (b, g, n, p)
 
 
 def _forward(
@@ -78,6 +101,8 @@ def _forward(
     state: Tensor | None,
     dt_softplus: bool,
     save: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the scan. Nothing is saved for the backward pass, whatever ``save`` says."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -87,19 +112,25 @@ def _forward(
     signal, A, B, C = (t.to(wide) for t in (x, A, B, C))
     step = _step(dt, dt_bias, dt_softplus, wide)
     padded = [_pad(t, plan) for t in (step, step * signal, B, C)]
+    pack = _pack(cu_seqlens, plan, x.device)
 
     y = signal.new_empty(b, plan.chunks * plan.length, d)
-    last = A.new_empty(b, d, n)
+    sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    last = A.new_empty(sequences, d, n)
     for part in plan.parts:
-        problem = _problem(part, plan, A, *padded)
+        problem = _problem(part, plan, A, padded, pack, state, sequences)
         y_part = _fold(y, part, plan).squeeze(4)
-        h = _chunk_starts(problem, plan, _initial(state, part, problem.A))
+        last_part = _by_sequence(last, part, pack)
+        h = _chunk_starts(problem, plan)
         decay, states = _room(h, plan)
         for s in plan.blocks():
             count = s.stop - s.start
             h = _walk(problem, s, h, decay, states)
             y_part[s] = (states[1 : count + 1] * _at(problem.C, s)).sum(4)
-        last[part.rows, part.channels] = _unfold_state(h[:, -1])
+            for t, ending in _meetings(pack.ends, s):
+                last_part[ending.sequences] = states[t + 1][0, ending.chunks]
+        if not pack.ends:
+            last_part.copy_(h[:, -1])
 
     y = y[:, :l]
     if D is not None:
@@ -123,6 +154,8 @@ def _backward(
     state: Tensor | None,
     checkpoints: Tensor,
     dt_softplus: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Run the adjoint of the scan: the gradients, in the order of the inputs."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -132,6 +165,7 @@ def _backward(
     signal, A, B, C = (t.to(wide) for t in (x, A, B, C))
     step = _step(dt, dt_bias, dt_softplus, wide)
     padded = [_pad(t, plan) for t in (step, step * signal, B, C)]
+    pack = _pack(cu_seqlens, plan, x.device)
 
     # what reaches C . h + D x, once the gate is undone
     dpre = dy.to(wide) if gate is None else dy.to(wide) * F.silu(gate.to(wide))
@@ -142,13 +176,15 @@ def _backward(
     y = None if gate is None else signal.new_empty(whole)
     dA = A.new_zeros(d, n)
     dB, dC = padded[2].new_zeros(padded[2].shape), padded[3].new_zeros(padded[3].shape)
-    dstate = A.new_empty(b, d, n)
+    sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dstate = A.new_empty(sequences, d, n)
     for part in plan.parts:
-        problem = _problem(part, plan, A, *padded)
-        start = _chunk_starts(problem, plan, _initial(state, part, problem.A))
-        before = _block_starts(problem, plan, start)
+        problem = _problem(part, plan, A, padded, pack, state, sequences)
+        before = _block_starts(problem, plan, _chunk_starts(problem, plan))
         dpre_part = _fold(dpre_padded, part, plan)
-        dh = _chunk_ends(problem, plan, dpre_part, _initial(dlast, part, problem.A))
+        final = _given(dlast, part, problem.A, pack, sequences)
+        dstate_part = _by_sequence(dstate, part, pack)
+        dh = _chunk_ends(problem, plan, dpre_part, final)
         dstep_part, du_part = (_fold(t, part, plan).squeeze(4) for t in (dstep, du))
         dA_part = _by_group(dA, part)
         dB_part, dC_part = _coefficient(dB, part, plan), _coefficient(dC, part, plan)
@@ -164,14 +200,17 @@ def _backward(
             if y_part is not None:
                 y_part[s] = torch.mul(h, _at(problem.C, s), out=scratch).sum(4)
             _accumulate(dC_part, s, torch.mul(h, dpre_part[s], out=scratch))
-            dh = _walk_back(problem, s, dpre_part, dh, a, g)
+            dh = _walk_back(problem, s, dpre_part, dh, a, g, final, dstate_part)
             _accumulate(dB_part, s, torch.mul(g, problem.u[s], out=scratch))
             du_part[s] = torch.mul(g, _at(problem.B, s), out=scratch).sum(4)
+            for t, beginning in _meetings(pack.begins, s):
+                h_before[t] = _take_up(h_before[t], beginning, problem.given)
             # gradient of dt_t A, the logarithm of the decay
             dlog = a.mul_(g).mul_(h_before)
             dstep_part[s] = torch.mul(dlog, problem.A, out=scratch).sum(4)
             dA_part.add_(dlog.mul_(problem.dt[s]).sum((0, 1, 2)))
-        dstate[part.rows, part.channels] = _unfold_state(dh[:, 0])
+        if not pack.begins:
+            dstate_part.copy_(dh[:, 0])
 
     dstep, du = dstep[:, :l], du[:, :l]
     dx = du * step
@@ -221,6 +260,39 @@ def _plan(b: int, l: int, d: int, n: int, g: int, device: torch.device) -> _Plan
     return _Plan(parts, chunks, length, max(1, min(length, steps)))
 
 
+def _pack(cu_seqlens: Tensor | None, plan: _Plan, device: torch.device) -> _Pack:
+    """Find the steps of the chunks at which the sequences of a pack begin and end."""
+    if cu_seqlens is None:
+        return _ONE_SEQUENCE
+    bounds = cu_seqlens.tolist()
+    begins = _meet(bounds[:-1], plan, device)
+    ends = _meet([stop - 1 for stop in bounds[1:]], plan, device)
+    return _Pack(begins, ends, frozenset(start // plan.length for start in bounds[:-1]))
+
+
+def _meet(places: list[int], plan: _Plan, device: torch.device) -> dict[int, _Meeting]:
+    met: dict[int, list[tuple[int, int]]] = {}
+    for sequence, place in enumerate(places):
+        chunk, step = divmod(place, plan.length)
+        met.setdefault(step, []).append((chunk, sequence))
+    return {
+        step: _Meeting(*torch.tensor(list(zip(*pairs, strict=True)), device=device))
+        for step, pairs in met.items()
+    }
+
+
+def _meetings(at: dict[int, _Meeting], s: slice) -> list[tuple[int, _Meeting]]:
+    """List the meetings of a block, each with its step in the block."""
+    if not at:
+        return []
+    return [(step - s.start, at[step]) for step in range(s.start, s.stop) if step in at]
+
+
+def _take_up(h: Tensor, here: _Meeting, given: Tensor) -> Tensor:
+    """Put the sequences' own states in the place of (b, c, g, n, p) that a walk carries."""
+    return h.index_copy(1, here.chunks, given[here.sequences][None])
+
+
 def _groups(B: Tensor, C: Tensor) -> int:
     return next((M.shape[2] for M in (B, C) if M.ndim == 4), 1)
 
@@ -243,14 +315,24 @@ def _pad(t: Tensor, plan: _Plan) -> Tensor:
 
 
 def _problem(
-    part: _Part, plan: _Plan, A: Tensor, step: Tensor, u: Tensor, B: Tensor, C: Tensor
+    part: _Part,
+    plan: _Plan,
+    A: Tensor,
+    padded: list[Tensor],
+    pack: _Pack,
+    state: Tensor | None,
+    sequences: int,
 ) -> _Problem:
+    step, u, B, C = padded
+    A = _by_group(A, part).contiguous()
     return _Problem(
         _fold(step, part, plan),
         _fold(u, part, plan),
-        _by_group(A, part).contiguous(),
+        A,
         _coefficient(B, part, plan),
         _coefficient(C, part, plan),
+        pack,
+        _given(state, part, A, pack, sequences),
     )
 
 
@@ -288,17 +370,19 @@ def _accumulate(gradient: Tensor, s: slice, products: Tensor) -> None:
     block.add_(products.sum_to_size(block.shape))
 
 
-def _initial(state: Tensor | None, part: _Part, A: Tensor) -> Tensor:
-    """Give the state (or its gradient) at one end of a part as (b, g, n, p)."""
-    if state is None:
-        return A.new_zeros(part.rows.stop - part.rows.start, *A.shape)
-    g, _, p = A.shape
-    return state[part.rows, part.channels].unflatten(1, (g, p)).transpose(2, 3).to(A.dtype)
+def _given(state: Tensor | None, part: _Part, A: Tensor, pack: _Pack, sequences: int) -> Tensor:
+    """Give the states (or gradients) at one end of a part's sequences as (b, g, n, p)."""
+    if state is not None:
+        return _by_sequence(state, part, pack).to(A.dtype)
+    rows = sequences if pack.begins else part.rows.stop - part.rows.start
+    return A.new_zeros(1, 1, 1, 1).expand(rows, *A.shape)
 
 
-def _unfold_state(h: Tensor) -> Tensor:
-    """View (b, g, n, p) as (b, d, n)."""
-    return h.transpose(2, 3).flatten(1, 2)
+def _by_sequence(states: Tensor, part: _Part, pack: _Pack) -> Tensor:
+    """View a part of (b, d, n) as (b, g, n, p); every sequence of a pack is in each part."""
+    states = states[:, part.channels] if pack.begins else states[part.rows, part.channels]
+    g = part.groups.stop - part.groups.start
+    return states.unflatten(1, (g, states.shape[1] // g)).transpose(2, 3)
 
 
 def _room(h: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
@@ -314,21 +398,49 @@ def _walk(problem: _Problem, s: slice, h: Tensor, decay: Tensor, states: Tensor)
     torch.mul(problem.dt[s], problem.A, out=decay).exp_()
     torch.mul(problem.u[s], _at(problem.B, s), out=states[1:])
     steps = states.unbind()
-    for a, before, after in zip(decay.unbind(), steps, steps[1:], strict=False):
-        after.addcmul_(a, before)
+    begins = problem.pack.begins
+    for t, (a, before, after) in enumerate(
+        zip(decay.unbind(), steps, steps[1:], strict=False), s.start
+    ):
+        carried = _take_up(before, begins[t], problem.given) if t in begins else before
+        after.addcmul_(a, carried)
     return steps[-1]
 
 
 def _walk_back(
-    problem: _Problem, s: slice, dpre: Tensor, dh: Tensor, decay: Tensor, adjoint: Tensor
+    problem: _Problem,
+    s: slice,
+    dpre: Tensor,
+    dh: Tensor,
+    decay: Tensor,
+    adjoint: Tensor,
+    final: Tensor,
+    dgiven: Tensor | None = None,
 ) -> Tensor:
-    """Fill a block's adjoint states from the gradient of its last state; return its first's."""
+    """Fill a block's adjoint states from the gradient of its last state; return its first's.
+
+    Where a sequence of a pack begins, what has come so far is the gradient of the state that it
+    was given, for ``dgiven``; the sequence before is taken up with its own, from ``final``.
+    """
     torch.mul(dpre[s], _at(problem.C, s), out=adjoint)
     steps, decays = adjoint.unbind(), decay.unbind()
+    begins = problem.pack.begins
     steps[-1].add_(dh)
-    for t in range(len(steps) - 2, -1, -1):
-        steps[t].addcmul_(decays[t + 1], steps[t + 1])
-    return decays[0] * steps[0]
+    for t in range(len(steps) - 1, -1, -1):
+        here = begins.get(s.start + t)
+        if here is None and t > 0:
+            steps[t - 1].addcmul_(decays[t], steps[t])
+            continue
+        dh = decays[t] * steps[t]
+        if here is not None:
+            if dgiven is not None:
+                dgiven[here.sequences] = dh[0, here.chunks]
+            # before the first there is none: what is put there goes nowhere
+            before = _Meeting(here.chunks, (here.sequences - 1).clamp(min=0))
+            dh = _take_up(dh, before, final)
+        if t > 0:
+            steps[t - 1].add_(dh)
+    return dh
 
 
 def _block_starts(problem: _Problem, plan: _Plan, h: Tensor) -> list[Tensor]:
@@ -341,9 +453,10 @@ def _block_starts(problem: _Problem, plan: _Plan, h: Tensor) -> list[Tensor]:
     return kept
 
 
-def _chunk_starts(problem: _Problem, plan: _Plan, initial: Tensor) -> Tensor:
+def _chunk_starts(problem: _Problem, plan: _Plan) -> Tensor:
     """Find the state before every chunk, (b, c, g, n, p), from the one before the first."""
-    starts = initial[:, None].repeat(1, plan.chunks, 1, 1, 1)
+    first = problem.given[:1] if problem.pack.begins else problem.given
+    starts = first[:, None].repeat(1, plan.chunks, 1, 1, 1)
     if plan.chunks == 1:
         return starts
     decay, states = _room(starts, plan)
@@ -352,13 +465,17 @@ def _chunk_starts(problem: _Problem, plan: _Plan, initial: Tensor) -> Tensor:
         h = _walk(problem, s, h, decay, states)
     across = torch.exp(problem.A * problem.dt.sum(0))
     for k in range(1, plan.chunks):
-        torch.addcmul(h[:, k - 1], across[:, k - 1], starts[:, k - 1], out=starts[:, k])
+        if k - 1 in problem.pack.cut:
+            starts[:, k] = h[:, k - 1]
+        else:
+            torch.addcmul(h[:, k - 1], across[:, k - 1], starts[:, k - 1], out=starts[:, k])
     return starts
 
 
 def _chunk_ends(problem: _Problem, plan: _Plan, dpre: Tensor, final: Tensor) -> Tensor:
     """Find the gradient of the state after every chunk from that after the last."""
-    ends = final[:, None].repeat(1, plan.chunks, 1, 1, 1)
+    last = final[-1:] if problem.pack.begins else final
+    ends = last[:, None].repeat(1, plan.chunks, 1, 1, 1)
     if plan.chunks == 1:
         return ends
     decay, adjoint = (ends.new_empty(plan.steps, *ends.shape) for _ in range(2))
@@ -366,10 +483,13 @@ def _chunk_ends(problem: _Problem, plan: _Plan, dpre: Tensor, final: Tensor) -> 
     for s in reversed(plan.blocks()):
         a, g = decay[: s.stop - s.start], adjoint[: s.stop - s.start]
         torch.mul(problem.dt[s], problem.A, out=a).exp_()
-        dh = _walk_back(problem, s, dpre, dh, a, g)
+        dh = _walk_back(problem, s, dpre, dh, a, g, final)
     across = torch.exp(problem.A * problem.dt.sum(0))
     for k in range(plan.chunks - 1, 0, -1):
-        torch.addcmul(dh[:, k], across[:, k], ends[:, k], out=ends[:, k - 1])
+        if k in problem.pack.cut:
+            ends[:, k - 1] = dh[:, k]
+        else:
+            torch.addcmul(dh[:, k], across[:, k], ends[:, k], out=ends[:, k - 1])
     return ends
 
 

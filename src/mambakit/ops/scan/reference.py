@@ -7,9 +7,13 @@ Every other implementation is judged against this file. It is slow on purpose, a
 autograd works on it: second derivatives, forward mode, ``torch.func``.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .._packing import bounds
 
 
 def scan(
@@ -23,8 +27,38 @@ def scan(
     dt_bias: Tensor | None,
     state: Tensor | None,
     dt_softplus: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Follow the recurrence; shapes as in ``selective_scan``, checked there."""
+    if cu_seqlens is None:
+        return _scan_rows(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus)
+    ends = bounds("selective_scan", cu_seqlens, x.shape[1])
+    found = [
+        _scan_rows(
+            x[:, start:stop], dt[:, start:stop], A,
+            B if B.ndim == 2 else B[:, start:stop], C if C.ndim == 2 else C[:, start:stop], D,
+            None if gate is None else gate[:, start:stop], dt_bias,
+            None if state is None else state[k : k + 1], dt_softplus,
+        )
+        for k, (start, stop) in enumerate(pairwise(ends))
+    ]  # fmt: skip
+    ys, lasts = zip(*found, strict=True)
+    return torch.cat(ys, dim=1), torch.cat(lasts)
+
+
+def _scan_rows(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    gate: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Follow the recurrence where each row of the batch is one sequence."""
     wide = torch.promote_types(x.dtype, torch.float32)
     b, l, d = x.shape
     signal, step, A = x.to(wide), dt.to(wide), A.to(wide)

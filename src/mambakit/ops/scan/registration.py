@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import any_requires_grad, refuse_tangents, refuse_transforms
+from .._packing import bounds
 
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Gradients = Sequence[Tensor | None]
@@ -26,8 +27,9 @@ class Kernels(NamedTuple):
     """What one kind of device brings to an operator.
 
     Beside the inputs ``forward`` saves for ``backward`` one state every ``checkpoint_steps``
-    steps, in an order of its own; 0 says that it saves none. ``takes_dgate`` says that
-    ``backward`` takes ``dgate``, room for the gate's gradient, which it uses if it can.
+    steps of a sequence, in an order of its own; 0 says that it saves none. ``takes_dgate`` says
+    that ``backward`` takes ``dgate``, room for the gate's gradient, which it uses if it can.
+    Both take the keyword ``cu_seqlens``: ``None``, or where the sequences of a pack lie.
     """
 
     forward: Forward
@@ -38,9 +40,9 @@ class Kernels(NamedTuple):
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? gate, "
-    "Tensor? dt_bias, Tensor? state"
+    "Tensor? dt_bias, Tensor? state, Tensor? cu_seqlens"
 )
-_COUNT = 9  # of the inputs
+_COUNT = 9  # of the inputs that have a gradient: all but the last
 _GATE = 6  # its place among them
 _GRADIENTS = (
     "Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dgate, "
@@ -57,14 +59,28 @@ def checkpoint_steps(kernels: dict[str, Kernels], device: torch.device) -> int:
     return kernels.get(device.type.upper(), first).checkpoint_steps
 
 
+def checkpoints(b: int, l: int, sequences: int | None, steps: int) -> int:
+    """Return how many states are saved; ``sequences`` is how many a pack holds.
+
+    Sequence k of a pack, from step i to step j, has those from number i // steps + k on:
+    ceil((j - i) / steps) of them, which never reach the next one's. So their number follows
+    from the sizes alone.
+    """
+    if steps == 0:
+        return 0
+    return b * ((l + steps - 1) // steps) if sequences is None else l // steps + sequences
+
+
 def register(name: str, kernels: dict[str, Kernels]) -> Scan:
     """Register ``mambakit::{name}`` and ``mambakit::{name}_backward``; return the caller.
 
     ``kernels`` holds a forward and a backward kernel for each dispatch key. They never see an
-    empty batch or an empty sequence. The backward kernel may leave gradients in the dtype they
-    were summed in and with any strides, and gives ``None`` for that of an absent input; the
-    operator promises each in its input's dtype and contiguous, as its fake kernel tells a
-    compiler. Its overload ``into`` writes the gate's gradient where ``dgate`` is.
+    empty batch or an empty sequence, and ``cu_seqlens`` only after its values were found right:
+    here, for under a compiler nobody could look at them before. The backward kernel may leave
+    gradients in the dtype they were summed in and with any strides, and gives ``None`` for that
+    of an absent input; the operator promises each in its input's dtype and contiguous, as its
+    fake kernel tells a compiler. Its overload ``into`` writes the gate's gradient where
+    ``dgate`` is.
 
     Between the kernels checkpoints lie flat: an axis whose size is 1 for short sequences and
     more for long ones would make a compiler trace both.
@@ -87,21 +103,24 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
     forward_op = getattr(torch.ops.mambakit, name).default
     backward_op = getattr(torch.ops.mambakit, f"{name}_backward").default
 
-    def outputs(x: Tensor, A: Tensor, steps: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(
+        x: Tensor, A: Tensor, cu_seqlens: Tensor | None, steps: int, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         b, l, d = x.shape
         n = A.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
+        rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
         # of sizes that may be symbols, on which nothing must branch
-        saved = b * ((l + steps - 1) // steps) * d * n if save and steps else 0
+        states = checkpoints(b, l, None if cu_seqlens is None else rows, steps) if save else 0
         return (
             x.new_empty(b, l, d),
-            x.new_empty((b, d, n), dtype=wide),
-            x.new_empty(saved, dtype=wide),
+            x.new_empty((rows, d, n), dtype=wide),
+            x.new_empty(states * d * n, dtype=wide),
         )
 
     @torch.library.register_fake(forward_name)
     def _(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return outputs(x, A, *rest[-2:])
+        return outputs(x, A, rest[_COUNT - 3], *rest[-2:])
 
     @torch.library.register_fake(backward_name)
     def fake_backward(dy: Tensor, dlast: Tensor | None, *rest: Any) -> list[Tensor]:
@@ -115,8 +134,8 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
 
     def forward_of_nothing(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         A, state = rest[1], rest[_COUNT - 2]
-        y, last, checkpoints = outputs(x, A, *rest[-2:])
-        return y, last.zero_() if state is None else last.copy_(state), checkpoints
+        y, last, kept = outputs(x, A, None, *rest[-2:])
+        return y, last.zero_() if state is None else last.copy_(state), kept
 
     def backward_of_nothing(dlast: Tensor | None, *rest: Any) -> list[Tensor | None]:
         gradients = [None if t is None else torch.zeros_like(t) for t in rest[:_COUNT]]
@@ -135,36 +154,39 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
 
     def implement(key: str, of: Kernels) -> None:
         def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-            *given, steps, save = rest
+            *given, cu_seqlens, dt_softplus, steps, save = rest
             if save and steps != of.checkpoint_steps:
                 raise RuntimeError(
                     f"selective_scan: {x.device.type} kernels keep a state every "
                     f"{of.checkpoint_steps} steps, and this call was compiled by another "
                     f"release, for {steps}"
                 )
+            if cu_seqlens is not None:
+                bounds("selective_scan", cu_seqlens, x.shape[1])
             if x.numel() == 0:
                 return forward_of_nothing(x, *rest)
-            y, last, checkpoints = of.forward(x, *given, save)
-            return y, last, checkpoints.view(-1)
+            y, last, kept = of.forward(x, *given, dt_softplus, save, cu_seqlens=cu_seqlens)
+            return y, last, kept.view(-1)
+
+        def gradients_of(
+            dy: Tensor, dlast: Tensor | None, *rest: Any, **room: Tensor
+        ) -> Gradients:
+            if dy.numel() == 0:
+                return backward_of_nothing(dlast, *rest)
+            *given, cu_seqlens, kept, dt_softplus = rest
+            return of.backward(
+                dy, dlast, *given, kept, dt_softplus, cu_seqlens=cu_seqlens, **room
+            )
 
         def run_backward(dy: Tensor, dlast: Tensor | None, *rest: Any) -> list[Tensor]:
-            found = (
-                of.backward(dy, dlast, *rest)
-                if dy.numel()
-                else backward_of_nothing(dlast, *rest)
-            )
-            return as_promised(dy, rest[:_COUNT], found)
+            return as_promised(dy, rest[:_COUNT], gradients_of(dy, dlast, *rest))
 
         def run_backward_into(
             dy: Tensor, dlast: Tensor | None, *rest: Any, dgate: Tensor
         ) -> list[Tensor]:
             inputs = list(rest[:_COUNT])
             room = {"dgate": dgate} if of.takes_dgate else {}
-            gradients = list(
-                of.backward(dy, dlast, *rest, **room)
-                if dy.numel()
-                else backward_of_nothing(dlast, *rest)
-            )
+            gradients = list(gradients_of(dy, dlast, *rest, **room))
             del inputs[_GATE]
             found = gradients.pop(_GATE)
             if found is not dgate and found is not None:
@@ -185,23 +207,26 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
             # not those of the call, which an older release may have exported
             steps = checkpoint_steps(kernels, inputs[0].device)
             with torch._C._AutoDispatchBelowAutograd():
-                y, last, checkpoints = forward_op(*inputs, dt_softplus, steps, True)
-            ctx.save_for_backward(*inputs, checkpoints)
+                y, last, kept = forward_op(*inputs, dt_softplus, steps, True)
+            ctx.save_for_backward(*inputs, kept)
             ctx.dt_softplus = dt_softplus
-            ctx.mark_non_differentiable(checkpoints)
+            ctx.mark_non_differentiable(kept)
             ctx.set_materialize_grads(False)
-            return y, last, checkpoints
+            return y, last, kept
 
         @staticmethod
         def backward(
             ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None
         ) -> tuple[Tensor | None, ...]:
-            *inputs, checkpoints = ctx.saved_tensors
+            *inputs, kept = ctx.saved_tensors
             if dy is None:
                 dy = torch.zeros_like(inputs[0])
-            gradients = backward_op(dy, dlast, *inputs, checkpoints, ctx.dt_softplus)
-            present = (None if t is None else g for t, g in zip(inputs, gradients, strict=True))
-            return *present, None, None, None
+            gradients = backward_op(dy, dlast, *inputs, kept, ctx.dt_softplus)
+            *differentiable, _ = inputs
+            present = (
+                None if t is None else g for t, g in zip(differentiable, gradients, strict=True)
+            )
+            return *present, None, None, None, None
 
     @torch.library.impl(forward_name, "Autograd")
     def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,9 +247,10 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
         with torch._C._AutoDispatchBelowAutograd():
             return backward_op(*arguments)
 
-    def scan(*arguments: Any) -> tuple[Tensor, Tensor]:
-        steps = checkpoint_steps(kernels, arguments[0].device)
-        y, last, _ = forward_op(*arguments, steps, False)
+    def scan(x: Tensor, *rest: Any, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        *given, dt_softplus = rest
+        steps = checkpoint_steps(kernels, x.device)
+        y, last, _ = forward_op(x, *given, cu_seqlens, dt_softplus, steps, False)
         return y, last
 
     return scan

@@ -14,8 +14,12 @@ Sums over channels (dB, dC) are left as one partial sum for each block of channe
 PyTorch; sums over time stay in the program, sums over the batch are PyTorch's as well. Nothing
 is added atomically, so two runs give the same bits. Where the partial sums of many states would
 outgrow the inputs, blocks of channels take turns to add to the same ones.
+
+A sequence of a pack is a row of its own, which begins and ends where a copy of ``cu_seqlens``
+on the GPU says. That copy is made from pinned memory, so nothing waits for it.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -31,6 +35,8 @@ __all__ = ["backward", "checkpoint_shape", "forward"]
 _FORWARD_GROUP, _BACKWARD_GROUP = 8, 2
 # A program's channels, and the elements of its tile for which a warp is taken.
 _FEWEST_CHANNELS, _MOST_CHANNELS, _WARP_ELEMENTS = 16, 64, 256
+# Programs of the backward pass over a pack that run together: each has a scratch of its own.
+_MOST_PROGRAMS = 4096
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LOG_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -48,15 +54,25 @@ def forward(
     state: Tensor | None,
     dt_softplus: bool,
     save: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the scan; return ``y``, the last state and, if ``save``, the checkpoints."""
-    call = _Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus)
+    """Run the scan; return ``y``, the last state and, if ``save``, the checkpoints.
+
+    ``cu_seqlens`` (s+1), int64 on the CPU, says where the sequences of a pack begin and where
+    the last one ends; ``state`` and the last state are then (s, d, n).
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured, and this is a pack.
+    """
+    call = _Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus, cu_seqlens)
     b, l, d, n = call.sizes
     y = x.new_empty(b, l, d)
-    last = x.new_empty(b, d, n, dtype=call.wide)
-    checkpoints = x.new_empty(checkpoint_shape(b, l, d, n) if save else 0, dtype=call.wide)
+    last = x.new_empty(call.rows, d, n, dtype=call.wide)
+    saved = checkpoint_shape(b, l, d, n, None if cu_seqlens is None else call.rows)
+    checkpoints = x.new_empty(saved if save else 0, dtype=call.wide)
     with torch.accelerator.device_index(x.device.index):
-        _forward[(b * call.groups * call.blocks,)](
+        _forward[(call.rows * call.groups * call.blocks,)](
             **call.operands,
             y=y,
             last=last,
@@ -81,10 +97,17 @@ def backward(
     state: Tensor | None,
     checkpoints: Tensor,
     dt_softplus: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradient of each operand, in its own dtype, from what ``forward`` saved."""
-    call = _Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus)
+    """Return the gradient of each operand, in its own dtype, from what ``forward`` saved.
+
+    Raises:
+        RuntimeError: As ``forward``.
+    """
+    call = _Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus, cu_seqlens)
     b, l, d, n = call.sizes
+    rows = call.rows
     groups, blocks = call.groups, call.blocks
 
     def room(*shape: int) -> Tensor:
@@ -94,27 +117,30 @@ def backward(
     slots = min(blocks, max(1, d // (groups * n)))
 
     def sums(like: Tensor) -> Tensor:
-        return room(b, d, n) if like.ndim == 2 else room(slots, b, l, groups, n)
+        return room(rows, d, n) if like.ndim == 2 else room(slots, b, l, groups, n)
 
     dx, ddt, dgate = _like(x), _like(dt), _like(gate)
-    dA, dB, dC = room(b, d, n), sums(B), sums(C)
-    dD = None if D is None else room(b, d)
-    ddt_bias = None if dt_bias is None else room(b, d)
-    dstate = None if state is None else room(b, d, n)
+    dA, dB, dC = room(rows, d, n), sums(B), sums(C)
+    dD = None if D is None else room(rows, d)
+    ddt_bias = None if dt_bias is None else room(rows, d)
+    dstate = None if state is None else room(rows, d, n)
     dy = _dense(dy)
     dlast = None if dlast_state is None else dlast_state.to(call.wide).contiguous()
-    scratch = room(
-        b * groups * slots, CHECKPOINT_STEPS // _BACKWARD_GROUP, call.channels, call.states
-    )
+    together = rows
+    if cu_seqlens is not None:
+        together = min(rows, max(1, _MOST_PROGRAMS // (groups * slots)))
+    parts = CHECKPOINT_STEPS // _BACKWARD_GROUP
+    scratch = room(together * groups * slots, parts, call.channels, call.states)
+    turns = itertools.product(range(0, blocks, slots), range(0, rows, together))
     with torch.accelerator.device_index(x.device.index):
-        for first in range(0, blocks, slots):
+        for first, first_row in turns:
             count = min(slots, blocks - first)
-            _backward[(b * groups * count,)](
+            _backward[(min(together, rows - first_row) * groups * count,)](
                 **call.operands,
                 checkpoints=checkpoints,
                 scratch=scratch,
                 dy=dy,
-                dy_row=dy.stride(0),
+                dy_row=0 if cu_seqlens is not None else dy.stride(0),
                 dy_time=dy.stride(1),
                 dlast=dlast,
                 dx=dx,
@@ -128,6 +154,7 @@ def backward(
                 dstate=dstate,
                 slot_size=b * l * groups * n,
                 first=first,
+                first_row=first_row,
                 count=count,
                 **call.constants,
                 GROUP=_BACKWARD_GROUP,
@@ -160,10 +187,13 @@ class _Call:
         dt_bias: Tensor | None,
         state: Tensor | None,
         dt_softplus: bool,
+        cu_seqlens: Tensor | None,
     ) -> None:
         b, l, d = x.shape
         n = A.shape[1]
         self.sizes = (b, l, d, n)
+        packed = cu_seqlens is not None
+        self.rows = b if cu_seqlens is None else len(cu_seqlens) - 1
         self.wide = torch.promote_types(x.dtype, torch.float32)
         self.groups = next((M.shape[2] for M in (B, C) if M.ndim == 4), 1)
         members = d // self.groups
@@ -186,11 +216,12 @@ class _Call:
             "gate": gate,
             "dt_bias": None if dt_bias is None else dt_bias.contiguous(),
             "state": None if state is None else state.contiguous(),
-            **_strides("x", x),
-            **_strides("dt", dt),
-            **_strides("gate", gate),
-            **_coefficient_strides("B", B),
-            **_coefficient_strides("C", C),
+            **_strides("x", x, packed),
+            **_strides("dt", dt, packed),
+            **_strides("gate", gate, packed),
+            **_coefficient_strides("B", B, packed),
+            **_coefficient_strides("C", C, packed),
+            "cu": None if cu_seqlens is None else _sent(cu_seqlens, x.device),
             "l": l,
             "d": d,
             "n": n,
@@ -216,16 +247,29 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _strides(name: str, rows: Tensor | None) -> dict[str, int]:
+def _sent(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on the device, without waiting for what the device does."""
+    if device.type == "cpu":  # Triton's interpreter
+        return cu_seqlens
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "selective_scan: the Triton kernels cannot run a pack in a CUDA graph, which would "
+            "copy cu_seqlens again from memory that has gone"
+        )
+    return cu_seqlens.pin_memory().to(device, non_blocking=True)
+
+
+def _strides(name: str, rows: Tensor | None, packed: bool) -> dict[str, int]:
     batch, time = (0, 0) if rows is None else rows.stride()[:2]
-    return {f"{name}_row": batch, f"{name}_time": time}
+    # the sequences of a pack lie at their steps
+    return {f"{name}_row": 0 if packed else batch, f"{name}_time": time}
 
 
-def _coefficient_strides(name: str, M: Tensor) -> dict[str, int]:
-    batch, time = (0, 0) if M.ndim == 2 else M.stride()[:2]
+def _coefficient_strides(name: str, M: Tensor, packed: bool) -> dict[str, int]:
     # a coefficient that all groups share stays where it is from group to group
     group = M.stride(2) if M.ndim == 4 else 0
-    return {f"{name}_row": batch, f"{name}_time": time, f"{name}_group": group}
+    rows = None if M.ndim == 2 else M
+    return {**_strides(name, rows, packed), f"{name}_group": group}
 
 
 def _like(tensor: Tensor | None) -> Tensor | None:
@@ -287,8 +331,20 @@ def _place(
 
 
 @triton.jit
+def _sequence(row: tl.tensor, cu: tl.tensor, l: tl.tensor, STEPS: tl.constexpr) -> tuple:
+    """Where a row's sequence begins in inputs, outputs and checkpoints, and its steps."""
+    if cu is None:
+        return 0, row * l, row * tl.cdiv(l, STEPS), l
+    else:  # noqa: RET505 - as below
+        origin = tl.load(cu + row)
+        steps = (tl.load(cu + row + 1) - origin).to(tl.int32)
+        return origin, origin, origin // STEPS + row, steps
+
+
+@triton.jit
 def _coefficient(
-    M: tl.tensor, row: tl.tensor, group: tl.tensor, M_row: tl.tensor, M_group: tl.tensor,
+    M: tl.tensor, row: tl.tensor, origin: tl.tensor, group: tl.tensor,
+    M_row: tl.tensor, M_time: tl.tensor, M_group: tl.tensor,
     channel: tl.tensor, exists: tl.tensor, cell: tl.tensor, l: tl.tensor, n: tl.tensor,
     STATES: tl.constexpr, CONSTANT: tl.constexpr,
 ) -> tuple:  # fmt: skip
@@ -297,7 +353,8 @@ def _coefficient(
         return M + channel * n, cell, tl.where(exists, l, 0)
     else:  # noqa: RET505 - the compiler reads a choice between two types only from both branches
         index = tl.arange(0, STATES)[None, :]
-        return M + row * M_row + group * M_group, index, tl.where(index < n, l, 0)
+        M += row * M_row + origin * M_time + group * M_group
+        return M, index, tl.where(index < n, l, 0)
 
 
 @triton.jit
@@ -333,6 +390,7 @@ def _forward(
     gate_row: tl.int64, gate_time: tl.int64,
     B_row: tl.int64, B_time: tl.int64, B_group: tl.int64,
     C_row: tl.int64, C_time: tl.int64, C_group: tl.int64,
+    cu: tl.tensor,
     l: tl.int32, d: tl.int64, n: tl.int32, members: tl.int64, blocks: tl.int64,
     y: tl.tensor, last: tl.tensor, checkpoints: tl.tensor,
     B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -340,6 +398,7 @@ def _forward(
     STEPS: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
     row, group, _, channel, inside = _place(blocks, 0, d, members, CHANNELS)
+    origin, out_row, first_saved, l = _sequence(row, cu, l, STEPS)
     # Addresses are a scalar of 64 bits, which moves, and small offsets, which stay.
     lane = tl.arange(0, CHANNELS)
     index = tl.arange(0, STATES)
@@ -348,16 +407,18 @@ def _forward(
     # the first step that a channel or a state does not have: none at all if it is padding
     end = tl.where(inside, l, 0)
     B, B_cell, B_end = _coefficient(
-        B, row, group, B_row, B_group, channel, exists, cell, l, n, STATES, B_CONSTANT
-    )
+        B, row, origin, group, B_row, B_time, B_group, channel, exists, cell, l, n,
+        STATES, B_CONSTANT,
+    )  # fmt: skip
     C, C_cell, C_end = _coefficient(
-        C, row, group, C_row, C_group, channel, exists, cell, l, n, STATES, C_CONSTANT
-    )
-    x += row * x_row + channel
-    dt += row * dt_row + channel
-    y += row * l * d + channel
+        C, row, origin, group, C_row, C_time, C_group, channel, exists, cell, l, n,
+        STATES, C_CONSTANT,
+    )  # fmt: skip
+    x += row * x_row + origin * x_time + channel
+    dt += row * dt_row + origin * dt_time + channel
+    y += out_row * d + channel
     if gate is not None:
-        gate += row * gate_row + channel
+        gate += row * gate_row + origin * gate_time + channel
     if D is not None:
         D += channel
     if dt_bias is not None:
@@ -374,7 +435,7 @@ def _forward(
     for start in range(0, l, GROUP):
         if checkpoints is not None:  # noqa: SIM102 - this is asked while compiling
             if start % STEPS == 0:
-                tile = row * tl.cdiv(l, STEPS) + start // STEPS
+                tile = first_saved + start // STEPS
                 tl.store(checkpoints + (tile * d + channel) * n + cell, h, mask=exists)
         dts = _load(dt, dt_time, lane, start, end, GROUP)
         xs = _load(x, x_time, lane, start, end, GROUP)
@@ -404,44 +465,49 @@ def _backward(
     gate_row: tl.int64, gate_time: tl.int64,
     B_row: tl.int64, B_time: tl.int64, B_group: tl.int64,
     C_row: tl.int64, C_time: tl.int64, C_group: tl.int64,
+    cu: tl.tensor,
     l: tl.int32, d: tl.int64, n: tl.int32, members: tl.int64, blocks: tl.int64,
     checkpoints: tl.tensor, scratch: tl.tensor,
     dy: tl.tensor, dy_row: tl.int64, dy_time: tl.int64, dlast: tl.tensor,
     dx: tl.tensor, ddt: tl.tensor, dgate: tl.tensor,
     dA: tl.tensor, dB: tl.tensor, dC: tl.tensor, dD: tl.tensor, ddt_bias: tl.tensor,
     dstate: tl.tensor,
-    slot_size: tl.int64, first: tl.int64, count: tl.int64,
+    slot_size: tl.int64, first: tl.int64, count: tl.int64, first_row: tl.int64,
     B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr, SOFTPLUS: tl.constexpr,
     WIDE: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
     STEPS: tl.constexpr, GROUP: tl.constexpr,
 ) -> None:  # fmt: skip
     row, group, slot, channel, inside = _place(count, first, d, members, CHANNELS)
+    row += first_row
+    origin, out_row, first_saved, l = _sequence(row, cu, l, STEPS)
     lane = tl.arange(0, CHANNELS)
     index = tl.arange(0, STATES)
     cell = lane[:, None] * n + index[None, :]
     exists = inside[:, None] & (index < n)[None, :]
     end = tl.where(inside, l, 0)
     B, B_cell, B_end = _coefficient(
-        B, row, group, B_row, B_group, channel, exists, cell, l, n, STATES, B_CONSTANT
-    )
+        B, row, origin, group, B_row, B_time, B_group, channel, exists, cell, l, n,
+        STATES, B_CONSTANT,
+    )  # fmt: skip
     C, C_cell, C_end = _coefficient(
-        C, row, group, C_row, C_group, channel, exists, cell, l, n, STATES, C_CONSTANT
-    )
-    x += row * x_row + channel
-    dt += row * dt_row + channel
-    dy += row * dy_row + channel
-    dx += row * l * d + channel
-    ddt += row * l * d + channel
+        C, row, origin, group, C_row, C_time, C_group, channel, exists, cell, l, n,
+        STATES, C_CONSTANT,
+    )  # fmt: skip
+    x += row * x_row + origin * x_time + channel
+    dt += row * dt_row + origin * dt_time + channel
+    dy += row * dy_row + origin * dy_time + channel
+    dx += out_row * d + channel
+    ddt += out_row * d + channel
     if gate is not None:
-        gate += row * gate_row + channel
-        dgate += row * l * d + channel
+        gate += row * gate_row + origin * gate_time + channel
+        dgate += out_row * d + channel
     if D is not None:
         D += channel
     if dt_bias is not None:
         dt_bias += channel
     states_of_row = (row * d + channel) * n
     sums_time = (d // members) * n
-    sums = slot * slot_size + row * l * sums_time + group * n
+    sums = slot * slot_size + out_row * sums_time + group * n
     sums_end = tl.where(index < n, l, 0)
     turn_end = tl.where(first > 0, sums_end, 0)
     scratch += tl.program_id(0).to(tl.int64) * (STEPS // GROUP * CHANNELS * STATES)
@@ -469,7 +535,7 @@ def _backward(
         tile = tiles - 1 - i
         begin = tile * STEPS
         parts = tl.cdiv(tl.minimum(l - begin, STEPS), GROUP)
-        saved = ((row * tiles + tile) * d + channel) * n
+        saved = ((first_saved + tile) * d + channel) * n
         h = tl.load(checkpoints + saved + cell, mask=exists, other=0.0)
         tl.store(scratch + kept, h)
         for part in range(1, parts):

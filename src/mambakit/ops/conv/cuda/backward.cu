@@ -22,9 +22,9 @@ KERNEL(32 * WARPS, BLOCKS) conv_backward(const __grid_constant__ Arguments a) {
 
         const bool begins = run.from == 0;
         const int walk = run.steps + PAST;
-        const int there = (int)min((long long)walk, a.l - run.from); // after them s_t is zero
+        const int there = (int)min((long long)walk, run.l(a) - run.from); // after them s_t is zero
         // from this step on dx_t takes the gradient of the last state too
-        const int late = a.dlast.data ? (int)min((long long)walk, a.l - PAST - run.from) : walk;
+        const int late = a.dlast.data ? (int)min((long long)walk, run.l(a) - PAST - run.from) : walk;
         const TYPE* x = at(a.x, run) + run.from * a.x.time;
         const TYPE* dy = at(a.dy, run) + run.from * a.dy.time;
         TYPE* dx = at(a.dx, run) + (run.from - PAST) * a.dx.time;
@@ -75,15 +75,15 @@ KERNEL(32 * WARPS, BLOCKS) conv_backward(const __grid_constant__ Arguments a) {
                     }
                     if (step >= late) {
                         real arriving[CHANNELS];
-                        const long long row = run.from + step - a.l + PAST;
-                        load(at(a.dlast, run) + row * a.dlast.time, true).get(arriving);
+                        const long long row = run.from + step - run.l(a) + PAST;
+                        load(at(a.dlast, run, true) + row * a.dlast.time, true).get(arriving);
 #pragma unroll
                         for (int i = 0; i < CHANNELS; i++) out[i] += arriving[i];
                     }
                     if (step >= 0)
                         store(dx, out);
                     else
-                        store(at(a.dpast, run) + (step + PAST) * a.dpast.time, out);
+                        store(at(a.dpast, run, true) + (step + PAST) * a.dpast.time, out);
                 }
                 push(window.past, row);
                 push(slopes, slope);
@@ -104,8 +104,7 @@ KERNEL(32 * WARPS, BLOCKS) conv_backward(const __grid_constant__ Arguments a) {
             real sum = parts[0][i];
 #pragma unroll
             for (int w = 1; w < WARPS; w++) sum += parts[w][i];
-            const long long block = run.batch * a.splits + run.split;
-            a.sums[(block * (WIDTH + 1) + k) * a.d + c] = sum;
+            a.sums[(run.block(a) * (WIDTH + 1) + k) * a.d + c] = sum;
         }
     }
 }

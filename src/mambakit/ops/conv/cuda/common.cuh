@@ -6,9 +6,15 @@
 // registers, so every row is read once, but for those by which runs overlap.
 //
 // -D gives: TYPE (the dtype of x), WIDTH, CHANNELS, SILU (0 or 1), ROWS (whose loads are under way
-// together), WARPS, and BLOCKS that a multiprocessor should hold at once.
+// together), WARPS, and BLOCKS that a multiprocessor should hold at once. PACKED, 0 if not given,
+// is 1 for a pack of sequences: then b is 1, l is the pack's, and a block takes a span of a list.
 #pragma once
 #include "_cuda.cuh"
+#include "_spans/span.cuh"
+
+#ifndef PACKED
+#define PACKED 0
+#endif
 
 typedef Wide<TYPE> real;
 
@@ -18,7 +24,8 @@ constexpr int TILE = 32 * CHANNELS;
 
 // ---------------------------------------------------------------- what Python passes
 
-// A tensor (b, rows, d) whose channels are neighbours; strides count elements.
+// A tensor (b, rows, d) whose channels are neighbours, or of states (sequences, rows, d) for a
+// pack; strides count elements.
 struct Rows {
     TYPE* data; // null: there is no such tensor
     long long batch, time;
@@ -34,7 +41,8 @@ enum Dtype { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
 // Mirrored by _Arguments in launch.py, field by field.
 struct Arguments {
     long long b, l, d;
-    long long splits, steps; // blocks along time, and the steps of each of their warps
+    long long splits, steps; // blocks along time, and the steps of each of their warps; for a
+                             // pack, how many spans there are
     Rows x, past;            // no past: zeros
     Parameter weight, bias;
     Rows y, last;
@@ -42,6 +50,7 @@ struct Arguments {
     Rows dx, dpast;          // no dpast: not wanted
     real* sums;              // (b * splits, WIDTH + 1, d): each block's part of dweight and dbias
     void *dweight, *dbias;   // dense, in the dtypes of the parameters
+    const Span* spans;       // for a pack
 };
 
 // ---------------------------------------------------------------- memory
@@ -172,22 +181,51 @@ struct Run {
     long long c, from; // the first of this lane's channels, and the first step
     int steps;         // of the run; none if it begins after the sequence's end
     bool owns;         // whether this lane has channels
+#if PACKED
+    const Span* span; // what is in it is read when it is asked for, and takes no registers
+#endif
 
     METHOD Run(const Arguments& a, int warp, int lane) {
         int tiles = (int)((a.d + TILE - 1) / TILE), row = (int)blockIdx.x / tiles;
-        batch = row / (int)a.splits;
-        split = row % (int)a.splits;
         c = (long long)((int)blockIdx.x % tiles) * TILE + lane * CHANNELS;
         owns = c < a.d;
+#if PACKED
+        batch = 0, split = row, span = a.spans + row;
+        const int all = span->steps, share = (all + WARPS - 1) / WARPS;
+        const int skipped = min(all, warp * share);
+        from = (long long)span->before + skipped;
+        steps = min(share, all - skipped);
+#else
+        batch = row / (int)a.splits;
+        split = row % (int)a.splits;
         from = min(a.l, ((long long)split * WARPS + warp) * a.steps);
         steps = (int)min(a.steps, a.l - from);
+#endif
+    }
+    METHOD long long l(const Arguments& a) const {
+#if PACKED
+        return (long long)span->before + span->steps + span->after;
+#else
+        return a.l;
+#endif
     }
     // Whether the last step is the sequence's.
-    METHOD bool ends(const Arguments& a) const { return from + steps == a.l; }
+    METHOD bool ends(const Arguments& a) const { return from + steps == l(a); }
+    // Where the block's sums go among those of all.
+    METHOD long long block(const Arguments& a) const {
+        return batch * a.splits + split;
+    }
 };
 
-DEVICE TYPE* at(const Rows& rows, const Run& run) {
+// The sequence's first step, or its first row of state.
+DEVICE TYPE* at(const Rows& rows, const Run& run, bool state = false) {
+#if PACKED
+    const Span& span = *run.span;
+    if (!state) return rows.data + (span.begin - span.before) * rows.time + run.c;
+    return rows.data + span.sequence * rows.batch + run.c;
+#else
     return rows.data + run.batch * rows.batch + run.c;
+#endif
 }
 
 // The inputs before the run's first, from x or from the sequence's past.
@@ -196,6 +234,6 @@ DEVICE void begin(const Arguments& a, const Run& run, real (*past)[CHANNELS]) {
     for (int k = 0; k < PAST; k++) {
         long long t = run.from - PAST + k;
         const Rows& rows = t < 0 ? a.past : a.x;
-        load(at(rows, run) + (t < 0 ? t + PAST : t) * rows.time, rows.data).get(past[k]);
+        load(at(rows, run, t < 0) + (t < 0 ? t + PAST : t) * rows.time, rows.data).get(past[k]);
     }
 }

@@ -31,7 +31,7 @@ KERNEL(32 * WARPS, BLOCKS) conv_forward(const __grid_constant__ Arguments a) {
         }
     }
     if (!run.ends(a)) return;
-    TYPE* last = at(a.last, run);
+    TYPE* last = at(a.last, run, true);
 #pragma unroll
     for (int k = 0; k < PAST; k++) store(last + k * a.last.time, window.past[k]);
 }

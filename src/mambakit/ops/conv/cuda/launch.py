@@ -9,10 +9,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ... import _cuda, _native
+from ... import _cuda, _native, _spans
 
 FORWARD = Path(__file__).with_name("forward.cu")
 BACKWARD = Path(__file__).with_name("backward.cu")
@@ -46,7 +47,7 @@ class _Arguments(ctypes.Structure):
         *((name, _Rows) for name in ("x", "past")),
         *((name, _Parameter) for name in ("weight", "bias")),
         *((name, _Rows) for name in ("y", "last", "dy", "dlast", "dx", "dpast")),
-        *((name, _pointer) for name in ("sums", "dweight", "dbias")),
+        *((name, _pointer) for name in ("sums", "dweight", "dbias", "spans")),
     ]
 
 
@@ -60,6 +61,7 @@ class Shape(NamedTuple):
 
 
 FORWARD_SHAPE = Shape(bytes=8, rows=16, warps=4, blocks=4)
+PACKED_FORWARD_SHAPE = Shape(bytes=8, rows=12, warps=4, blocks=4)  # more would spill
 BACKWARD_SHAPE = Shape(bytes=8, rows=6, warps=6, blocks=2)
 
 
@@ -78,10 +80,14 @@ def specialisations() -> Iterator[tuple[Path, _cuda.Defines]]:
         for aligned in (True, False):
             yield FORWARD, build(FORWARD_SHAPE, dtype, 4, True, aligned).defines
             yield BACKWARD, build(BACKWARD_SHAPE, dtype, 4, True, aligned).defines
+    for source, shape in ((FORWARD, PACKED_FORWARD_SHAPE), (BACKWARD, BACKWARD_SHAPE)):
+        yield source, build(shape, torch.bfloat16, 4, True, True, packed=True).defines
 
 
 @cache
-def build(shape: Shape, dtype: torch.dtype, w: int, silu: bool, aligned: bool) -> Build:
+def build(
+    shape: Shape, dtype: torch.dtype, w: int, silu: bool, aligned: bool, packed: bool = False
+) -> Build:
     """Choose the build for a dtype, a width, an activation and the alignment of rows."""
     usual = w <= 8  # wider windows take all the registers there are, for one channel
     channels = shape.bytes // dtype.itemsize if aligned and usual else 1
@@ -94,25 +100,38 @@ def build(shape: Shape, dtype: torch.dtype, w: int, silu: bool, aligned: bool) -
         ("ROWS", str(shape.rows if usual else 1)),
         ("WARPS", str(shape.warps)),
         ("BLOCKS", str(blocks)),
+        *((("PACKED", "1"),) if packed else ()),
     )
     return Build(defines, 32 * channels, shape.warps, blocks)
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y`` (b, l, d) and the last state (b, d, w - 1), both in the dtype of ``x``.
+
+    ``cu_seqlens`` (s+1), int64 on the CPU, says where the sequences of a pack begin and where
+    the last one ends; ``state`` and the last state are then (s, d, w - 1). No sequence may be
+    empty.
 
     Raises:
         RuntimeError: The kernel cannot be compiled or launched here; the message says why.
     """
     x, past = _rows(x, x.dtype), _state_rows(state, x.dtype)
-    y, last = x.new_empty(x.shape), _new_state_rows(x, weight)
+    y, last = x.new_empty(x.shape), _new_state_rows(x, weight, cu_seqlens)
     if y.numel() == 0:
         return y, (last.zero_() if past is None else last.copy_(past)).transpose(1, 2)
     aligned = _aligned(x, past, y, last)
-    chosen = build(FORWARD_SHAPE, x.dtype, weight.shape[1], silu, aligned)
-    grid, arguments = _arguments(x, weight, bias, past, chosen)
+    packed = cu_seqlens is not None
+    shape = PACKED_FORWARD_SHAPE if packed else FORWARD_SHAPE
+    chosen = build(shape, x.dtype, weight.shape[1], silu, aligned, packed)
+    grid, arguments, _table = _arguments(x, weight, bias, past, chosen, cu_seqlens)
     arguments.y, arguments.last = _place(y), _place(last)
     _launch(FORWARD, "conv_forward", x, chosen, grid, arguments)
     return y, last.transpose(1, 2)
@@ -128,11 +147,13 @@ def backward(
     silu: bool,
     *,
     dx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of ``x``, ``weight``, ``bias`` and ``state``, each in its dtype.
 
     ``dx``, of the dtype of ``x``, is where the first is written if its channels are neighbours
-    in memory; ``None`` makes room for it.
+    in memory; ``None`` makes room for it. ``cu_seqlens`` says that this is a pack, as in
+    ``forward``.
 
     Raises:
         RuntimeError: The kernels cannot be compiled or launched here; the message says why.
@@ -144,7 +165,7 @@ def backward(
         dx = x.new_empty(x.shape)
     dweight = weight.new_empty(d, w)
     dbias = None if bias is None else bias.new_empty(d)
-    dpast = None if state is None else _new_state_rows(x, weight)
+    dpast = None if state is None else _new_state_rows(x, weight, cu_seqlens)
     if dx.numel() == 0:
         dweight.zero_()
         if dbias is not None:
@@ -153,8 +174,8 @@ def backward(
             dpast = dpast.zero_() if late is None else dpast.copy_(late)
     else:
         aligned = _aligned(x, past, dy, late, dx, dpast)
-        chosen = build(BACKWARD_SHAPE, x.dtype, w, silu, aligned)
-        grid, arguments = _arguments(x, weight, bias, past, chosen)
+        chosen = build(BACKWARD_SHAPE, x.dtype, w, silu, aligned, cu_seqlens is not None)
+        grid, arguments, _table = _arguments(x, weight, bias, past, chosen, cu_seqlens)
         wide = torch.promote_types(x.dtype, torch.float32)
         sums = x.new_empty(arguments.b * arguments.splits, w + 1, d, dtype=wide)
         arguments.dy, arguments.dlast = _place(dy), _place(late)
@@ -172,19 +193,42 @@ def backward(
 
 
 def _arguments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, chosen: Build
-) -> tuple[int, _Arguments]:
-    """Return the number of blocks, and the arguments that both directions have."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    chosen: Build,
+    cu_seqlens: Tensor | None,
+) -> tuple[int, _Arguments, Tensor | None]:
+    """Return the number of blocks, the arguments of both directions, and a pack's spans.
+
+    The spans must live until the kernels that read them are launched.
+    """
     b, l, d = x.shape
     tiles = -(-d // chosen.channels)
     room = chosen.blocks * _cuda.multiprocessors(x.get_device())
     splits, steps = _cut(b * tiles, l, chosen.warps, weight.shape[1] - 1, room)
-    return b * splits * tiles, _Arguments(
+    table = None
+    if cu_seqlens is not None:
+        spans = _cut_pack(_spans.bytes_of(cu_seqlens), steps * chosen.warps)
+        splits, table = len(spans), _spans.send(_spans.words_of(spans), x)
+    arguments = _Arguments(
         *(b, l, d, splits, steps),
         *(_place(x), _place(past)),
         _Parameter(weight.data_ptr(), *weight.stride(), _native.DTYPE_CODES[weight.dtype]),
         *(() if bias is None else (_bias(bias),)),
     )
+    arguments.spans = None if table is None else table.data_ptr()
+    return b * splits * tiles, arguments, table
+
+
+@lru_cache(maxsize=256)
+def _cut_pack(cu_seqlens: bytes, most: int) -> _spans.Spans:
+    """Cut each sequence into as few spans of at most ``most`` steps as do, and evenly."""
+    starts = _spans.starts_of(cu_seqlens)
+    lengths = np.diff(starts)
+    spans = _spans.cut(starts, -(-lengths // -(-lengths // most)))
+    return spans[np.argsort(-spans["steps"], kind="stable")]
 
 
 @lru_cache(maxsize=4096)
@@ -243,5 +287,6 @@ def _state_rows(state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if state is None else _rows(state.transpose(1, 2), dtype)
 
 
-def _new_state_rows(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+def _new_state_rows(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return x.new_empty(rows, weight.shape[1] - 1, x.shape[2])

@@ -34,6 +34,9 @@
 //   joined     For few channels: scan_carries finds what gradient each chunk sends back of
 //              nothing, scan_join_back chains these, and scan_backward runs all chunks at once.
 //
+// In a pack a block takes a share of a list of spans, each a sequence or a chunk of one, and one
+// after another; chunks are joined.
+//
 // scan_add adds the blocks' parts of gradients that are sums over channels, batch or chunks,
 // always in the same order.
 #include "common.cuh"
@@ -56,12 +59,13 @@ constexpr int THREADS = 32 * (WALKERS + RUNNERS);
 struct Arguments {
     Operands in;
     Rows dy;
-    const real* checkpoints; // (b, l / CHECKPOINT_STEPS, d, n)
-    const real* dlast_state; // (b, d, n) or null
+    const real* checkpoints; // (b, l / CHECKPOINT_STEPS, d, n); see checkpoint_row for packs
+    const real* dlast_state; // (b, d, n), or (sequences, d, n), or null
     Rows dx, ddt, dgate, dB, dC;
-    real* dstate; // (b, d, n) or null
+    real* dstate; // likewise
     // Each block's parts: of dB and dC per token (columns, b, l, SUMS), and of what is one number
-    // per channel or state (b, chunks, ROW): dA, dD, ddt_bias, constant dB, constant dC.
+    // per channel or state (b, chunks, ROW): dA, dD, ddt_bias, constant dB, constant dC. Of packs
+    // `chunks` counts the blocks' shares.
     real *token_parts, *parts;
     // Of parts over b and chunks; the constants' are null where B, C are given by token.
     real *dA, *dD, *ddt_bias, *dB_constant, *dC_constant;
@@ -73,6 +77,14 @@ struct Arguments {
     // A block takes `passes` times WALKERS sets of channels, one after another; `columns` such
     // blocks lie side by side over the channels of a group.
     long long columns, passes;
+    // For packs, where (b, chunks) of carries and dt_sums is one axis that Span::chunk counts.
+    // scan_backward has all spans, and in `bins` which is the first of each share, and at last
+    // their number. scan_carries has spans that follow others of their sequence; scan_join_back,
+    // for each sequence that is cut, one that says which is its first chunk and, as `steps`, how
+    // many they are.
+    const Span* spans;
+    long long listed; // spans
+    const long long* bins;
 };
 
 // ---------------------------------------------------------------- lanes
@@ -89,6 +101,9 @@ struct OrderedLane : Lane {
     METHOD int state(int i) const { return part * STATES_PER_LANE + (i ^ order); }
 };
 
+// Where every state exists nobody need ask. The loop over spans has no registers for answers.
+constexpr bool NO_PADDING = PACKED && STATES == PADDED_STATES;
+
 // The states of a lane's channels, from or to an array (d, n) whose row of the set's first
 // channel is `at`. Channels and states that do not exist are zeros.
 template <class AnyLane>
@@ -96,7 +111,7 @@ DEVICE void get_states(const real* at, const AnyLane& lane, int count, real* to)
 #pragma unroll
     for (int k = 0; k < LANE_ELEMENTS; k++) {
         int channel = lane.channel(k / STATES_PER_LANE), state = lane.state(k % STATES_PER_LANE);
-        bool exists = channel < count && state < STATES;
+        bool exists = channel < count && (NO_PADDING || state < STATES);
         to[k] = exists ? at[(long long)channel * STATES + state] : real(0);
     }
 }
@@ -105,7 +120,7 @@ DEVICE void put_states(real* at, const AnyLane& lane, int count, const real* fro
 #pragma unroll
     for (int k = 0; k < LANE_ELEMENTS; k++) {
         int channel = lane.channel(k / STATES_PER_LANE), state = lane.state(k % STATES_PER_LANE);
-        if (channel < count && state < STATES) at[(long long)channel * STATES + state] = from[k];
+        if (channel < count && (NO_PADDING || state < STATES)) at[(long long)channel * STATES + state] = from[k];
     }
 }
 DEVICE void clear(real* values) {
@@ -149,9 +164,45 @@ enum { WALKERS_B, WALKERS_C, RUNNERS_B, ROLES = RUNNERS_B + 2 };
 
 // What a block works on.
 struct __align__(16) Place {
-    long long column, group, chunk, batch, begin;
+    long long column, group, chunk, batch, begin; // batch: the sequence, of a pack too
     int steps, periods; // of the chunk
     int pass;
+#if PACKED
+    bool is_first, is_last; // of its sequence
+    bool adds; // to what the share's spans before it left
+    bool is_over;
+    int share, span; // the block's, and which of the list
+
+    METHOD void find(const Arguments& a) {
+        long long i = blockIdx.x;
+        column = i % a.columns, i /= a.columns;
+        group = i % a.in.g, i /= a.in.g;
+        pass = 0, adds = false;
+        share = (int)i, span = (int)a.bins[i];
+        take(a);
+    }
+    METHOD void take(const Arguments& a) {
+        const Span found = a.spans[span];
+        batch = found.sequence, chunk = found.chunk, begin = found.begin, steps = found.steps;
+        is_first = found.before == 0, is_last = found.after == 0;
+        periods = (steps + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS * TILES;
+    }
+    // Go on to the next pass or the next span.
+    METHOD void next(const Arguments& a) {
+        is_over = false;
+        if (++pass < a.passes) return;
+        pass = 0, adds = true;
+        is_over = ++span == a.bins[share + 1];
+        if (!is_over) take(a);
+    }
+    METHOD bool over(const Arguments&) const { return is_over; }
+    METHOD bool starts() const { return is_first; }
+    METHOD bool ends(const Arguments&) const { return is_last; }
+    METHOD long long chunk_row(const Arguments&) const { return chunk; }
+    METHOD long long parts_row(const Arguments&) const { return share; }
+    // The row of the batch among those of parts per token.
+    METHOD long long token_row() const { return 0; }
+#else
     METHOD void find(const Arguments& a) {
         long long i = blockIdx.x;
         column = i % a.columns, i /= a.columns;
@@ -162,6 +213,14 @@ struct __align__(16) Place {
         steps = (int)min(a.in.l - begin, chunk ? a.chunk_steps : a.first_steps);
         periods = (steps + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS * TILES;
     }
+    METHOD void next(const Arguments&) { pass++; }
+    METHOD bool over(const Arguments& a) const { return pass == a.passes; }
+    METHOD bool starts() const { return chunk == 0; }
+    METHOD bool ends(const Arguments& a) const { return chunk == a.chunks - 1; }
+    METHOD long long chunk_row(const Arguments& a) const { return batch * a.chunks + chunk; }
+    METHOD long long parts_row(const Arguments& a) const { return chunk_row(a); }
+    METHOD long long token_row() const { return batch; }
+#endif
     // Tiles and steps are counted from the chunk's first.
     METHOD int tile_walked(int period) const { return periods - 1 - period; }
     // Runners are HALF periods ahead of the walkers: in these, two tiles a period, they pass
@@ -236,8 +295,9 @@ struct Set {
     METHOD long long first_of_piece() const { return first + piece.channel; }
 };
 
-// Passes are a loop, which must not hold on to what is made of a thread's place.
-DEVICE int thread_index() { return SEVERAL_PASSES ? made_here(threadIdx.x) : threadIdx.x; }
+// Passes and spans are a loop, which must not hold on to what is made of a thread's place.
+constexpr bool IN_TURN = SEVERAL_PASSES || PACKED;
+DEVICE int thread_index() { return IN_TURN ? made_here(threadIdx.x) : threadIdx.x; }
 
 // Write down which channels a block's set has in this pass.
 DEVICE void begin_set(const Arguments& a, BlockShared& block, int index) {
@@ -396,7 +456,7 @@ DEVICE void add_token_sums(
         const int left = place.steps - tile * TILE, slot = slot_of(tile % TILES);
         const long long column = place.group * a.columns + place.column;
         real* to = a.token_parts +
-                   ((column * a.in.b + place.batch) * a.in.l + place.begin + tile * TILE) * SUMS;
+                   ((column * a.in.b + place.token_row()) * a.in.l + place.begin + tile * TILE) * SUMS;
         for (int i = thread * COUNT; i < TILE * SUMS; i += threads * COUNT) {
             int step = i / SUMS;
             if (step >= left) break;
@@ -443,8 +503,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
     auto load_checkpoint = [&](int index) {
 #pragma unroll
         for (int m = 0; m < SETS_PER_RUNNER; m++) {
-            const long long rows = (in.l + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS;
-            const long long row = place.batch * rows + place.begin / CHECKPOINT_STEPS + index;
+            const long long row = checkpoint_row(in, place.batch, place.begin) + index;
             const real* from = a.checkpoints + (row * in.d + sets[m].first) * STATES;
             get_states(from, lane, sets[m].channels, checkpoint[m]);
         }
@@ -698,6 +757,27 @@ DEVICE void put_piece(
     }
 }
 
+// Leave a part of a sum; the spans of a share add to what those before them left.
+DEVICE void put_part(const Place& place, real& to, real value) {
+#if PACKED
+    if (place.adds) value += to;
+#endif
+    to = value;
+}
+DEVICE void put_parts(
+    const Place& place, real* at, const OrderedLane& lane, int count, real* values
+) {
+#if PACKED
+    if (place.adds) {
+        real before[LANE_ELEMENTS];
+        get_states(at, lane, count, before);
+#pragma unroll
+        for (int k = 0; k < LANE_ELEMENTS; k++) values[k] += before[k];
+    }
+#endif
+    put_states(at, lane, count, values);
+}
+
 // The flag of a walker's set in this block or, `chunks_later` than it, in another.
 DEVICE int* flag_of(const Arguments& a, const Place& place, int walker, int chunks_later) {
     const long long block = blockIdx.x - chunks_later * a.columns * a.in.g * a.in.b;
@@ -722,17 +802,20 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
     clear(dA), clear(own_dB), clear(own_dC);
     if (CONSTANT_B) get_states(in.B_constant + set.first * STATES, lane, count, own_B);
     if (CONSTANT_C) get_states(in.C_constant + set.first * STATES, lane, count, own_C);
-    const real* G_from = a.chunks > 1 ? a.carries : a.dlast_state;
-    long long row = place.batch * a.chunks + place.chunk;
-    if (a.flags) {
-        if (place.chunk == a.chunks - 1) G_from = a.dlast_state, row = place.batch;
-        else await(flag_of(a, place, w, 1));
+    const real* G_from = PACKED || a.chunks > 1 ? a.carries : a.dlast_state;
+    long long row = place.chunk_row(a);
+    if (PACKED || a.flags) {
+        if (place.ends(a)) G_from = a.dlast_state, row = place.batch;
+        else if (a.flags) await(flag_of(a, place, w, 1));
     }
     if (G_from) get_states(G_from + (row * in.d + set.first) * STATES, lane, count, G);
     else clear(G);
     for (int c = lane_index; c < WARP_CHANNELS; c += 32)
         shared.D[c] = in.D && c < count ? in.D[set.first + c] : real(0);
     real dD[OWN_CHANNELS] = {}, ddt_bias[OWN_CHANNELS] = {};
+    // A lane that sums several steps of a group sums dD tile by tile: long sums lose more.
+    constexpr bool BY_TILES = OWN_STEPS > 1;
+    real dD_of_tiles[OWN_CHANNELS] = {};
 
     auto keep_rows = [&](int tensor, const Rows& rows) {
         shared.rows[tensor] = offset_of(rows, place.batch, place.begin) + set.first;
@@ -797,6 +880,10 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
                 }
                 store_vector<real, 2>(to + 2 * i, both);
             }
+        }
+        if constexpr (BY_TILES) {
+#pragma unroll
+            for (int c = 0; c < OWN_CHANNELS; c++) dD_of_tiles[c] += dD[c], dD[c] = 0;
         }
         __syncwarp();
         if (STORED_BUFFERS > 1 && tile > 0) fetch(buffer ^ 1, tile - 1);
@@ -893,13 +980,21 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
             }
         }
         __syncwarp();
+        {
+#if PACKED
+            // made anew, these take no registers while the warp walks
+            const int lane_index = thread_index() % 32;
+            const Set set(shared, lane_index);
+#endif
 #pragma unroll
-        for (int p = 0; p < TILE_PASSES; p++) {
-            const int step = tile * TILE + set.row(p), at = (p * 32 + lane_index) * PIECE;
-            if (step >= place.steps || set.count == 0) continue;
-            put_piece<X_TYPE>(shared, buffer, X_OR_DX, DX, a.dx, set, step, at);
-            put_piece<DT_TYPE>(shared, buffer, GATE_OR_DDT, DDT, a.ddt, set, step, at);
-            if (GATE) put_piece<X_TYPE>(shared, buffer, DY_OR_DGATE, DGATE, a.dgate, set, step, at);
+            for (int p = 0; p < TILE_PASSES; p++) {
+                const int step = tile * TILE + set.row(p), at = (p * 32 + lane_index) * PIECE;
+                if (step >= place.steps || set.count == 0) continue;
+                put_piece<X_TYPE>(shared, buffer, X_OR_DX, DX, a.dx, set, step, at);
+                put_piece<DT_TYPE>(shared, buffer, GATE_OR_DDT, DDT, a.ddt, set, step, at);
+                if (GATE)
+                    put_piece<X_TYPE>(shared, buffer, DY_OR_DGATE, DGATE, a.dgate, set, step, at);
+            }
         }
         __syncwarp(); // before these places are fetched into
         if (STORED_BUFFERS == 1 && tile > 0) fetch(0, tile - 1);
@@ -911,37 +1006,46 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
         }
     }
 
-    // One row of parts for each batch and chunk: dA, dD, ddt_bias, constant dB, constant dC.
+#if PACKED
+    const int own_thread = thread_index();
+    const OrderedLane own_lane(own_thread % 32);
+#else
+    const int own_thread = thread;
+    const OrderedLane& own_lane = lane;
+#endif
+    // One row of parts for each batch and chunk, or for each share of a pack, whose spans add to
+    // it in turn: dA, dD, ddt_bias, constant dB, constant dC.
     const int exist = shared.channels;
     const long long states = in.d * STATES, at = shared.first * STATES;
     const long long width = states * (1 + CONSTANT_B + CONSTANT_C) + 2 * in.d;
-    real* parts = a.parts + (place.batch * a.chunks + place.chunk) * width;
-    put_states(parts + at, lane, exist, dA);
+    real* parts = a.parts + place.parts_row(a) * width;
+    put_parts(place, parts + at, own_lane, exist, dA);
     parts += states;
     // steps lie in different lanes of a channel
 #pragma unroll
     for (int c = 0; c < OWN_CHANNELS; c++) {
+        dD[c] += dD_of_tiles[c];
 #pragma unroll
         for (int mask = 2; mask < LANES_PER_CHANNEL; mask *= 2) {
             dD[c] += shuffle_xor(dD[c], mask);
             ddt_bias[c] += shuffle_xor(ddt_bias[c], mask);
         }
-        const int channel = lane.channel(c);
-        if (lane.part < 2 && channel < exist) {
-            parts[shared.first + channel] = dD[c];
-            parts[in.d + shared.first + channel] = ddt_bias[c];
+        const int channel = own_lane.channel(c);
+        if (own_lane.part < 2 && channel < exist) {
+            put_part(place, parts[shared.first + channel], dD[c]);
+            put_part(place, parts[in.d + shared.first + channel], ddt_bias[c]);
         }
     }
     parts += 2 * in.d;
-    if (CONSTANT_B) put_states(parts + at, lane, exist, own_dB), parts += states;
-    if (CONSTANT_C) put_states(parts + at, lane, exist, own_dC);
+    if (CONSTANT_B) put_parts(place, parts + at, own_lane, exist, own_dB), parts += states;
+    if (CONSTANT_C) put_parts(place, parts + at, own_lane, exist, own_dC);
     // What is sent back goes to the caller or to the chunk before.
-    if (place.chunk == 0) {
-        if (a.dstate) put_states(a.dstate + place.batch * states + at, lane, exist, G);
+    if (place.starts()) {
+        if (a.dstate) put_states(a.dstate + place.batch * states + at, own_lane, exist, G);
     } else if (a.flags) {
-        const long long before = place.batch * a.chunks + place.chunk - 1;
-        put_states(a.carries + before * states + at, lane, exist, G);
-        publish(flag_of(a, place, w, 0));
+        const long long before = place.chunk_row(a) - 1;
+        put_states(a.carries + before * states + at, own_lane, exist, G);
+        publish(flag_of(a, place, own_thread / 32, 0));
     }
 }
 
@@ -954,11 +1058,11 @@ KERNEL(THREADS, BLOCKS) scan_backward(const __grid_constant__ Arguments a) {
     for (;;) {
         if (threadIdx.x < 32 * WALKERS) walk(a, block);
         else run(a, block);
-        if (!SEVERAL_PASSES) break;
+        if (!IN_TURN) break;
         __syncthreads();
-        if (threadIdx.x == 0) block.place.pass++;
+        if (threadIdx.x == 0) block.place.next(a);
         __syncthreads();
-        if (block.place.pass == a.passes) break;
+        if (block.place.over(a)) break;
     }
 }
 
@@ -1009,8 +1113,14 @@ KERNEL(CARRY_WARPS * 32, CARRY_BLOCKS) scan_carries(const __grid_constant__ Argu
     i /= columns;
     const long long group = i % in.g;
     i /= in.g;
+#if PACKED
+    const Span span = a.spans[i];
+    const long long chunk = span.chunk, batch = span.sequence;
+    const long long begin = span.begin, end = begin + span.steps;
+#else
     const long long chunk = 1 + i % (a.chunks - 1), batch = i / (a.chunks - 1);
     const long long begin = chunk * a.chunk_steps, end = min(in.l, begin + a.chunk_steps);
+#endif
 
     const Channels channels(in, group, column * CARRY_WARPS + w);
     const Set set(channels.first, channels.count, lane_index);
@@ -1094,7 +1204,7 @@ KERNEL(CARRY_WARPS * 32, CARRY_BLOCKS) scan_carries(const __grid_constant__ Argu
         __syncwarp();
     }
 
-    const long long row = batch * a.chunks + chunk;
+    const long long row = PACKED ? chunk : batch * a.chunks + chunk;
     put_states(a.carries + row * in.d * STATES + at_states, lane, channels.count, G);
     // lanes with the same piece of other rows
 #pragma unroll
@@ -1110,17 +1220,28 @@ KERNEL(CARRY_WARPS * 32, CARRY_BLOCKS) scan_carries(const __grid_constant__ Argu
 // what each chunk sends back of nothing into the gradient that reaches the chunk.
 KERNEL(256, 1) scan_join_back(const __grid_constant__ Arguments a) {
     const long long row = a.in.d * STATES, i = blockIdx.x * 256ll + threadIdx.x;
-    if (i >= a.in.b * row) return;
+    if (i >= (PACKED ? a.listed : a.in.b) * row) return;
     const long long batch = i / row, k = i % row;
     const real A = times_log2e(a.in.A[k]);
+#if PACKED
+    const Span of = a.spans[batch];
+    const long long first = of.chunk;
+    real G = a.dlast_state ? a.dlast_state[of.sequence * row + k] : real(0);
+    for (long long at = first + of.steps - 1; at > first; at--) {
+#else
     real G = a.dlast_state ? a.dlast_state[i] : real(0);
     for (long long chunk = a.chunks - 1; chunk > 0; chunk--) {
         const long long at = batch * a.chunks + chunk;
+#endif
         const real sent = a.carries[at * row + k];
         a.carries[at * row + k] = G;
         G = multiply_add(decay_of(a.dt_sums[at * a.in.d + k / STATES], A), G, sent);
     }
+#if PACKED
+    a.carries[first * row + k] = G;
+#else
     a.carries[batch * a.chunks * row + k] = G;
+#endif
 }
 
 // ---------------------------------------------------------------- sums of the blocks' parts

@@ -2,16 +2,18 @@
 
 import ctypes
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ... import _cuda
+from ... import _cuda, _spans
 from ..._cuda import Defines
 from ..cpu import Gradients
+from . import packs
 from .operands import CHECKPOINT_STEPS, TYPES, Call, Operands, Rows, warp_channels
 
 SOURCE = Path(__file__).with_name("backward.cu")
@@ -58,6 +60,9 @@ class _Arguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("chunks", "chunk_steps", "first_steps", "columns", "passes")
         ),
+        ("spans", ctypes.c_void_p),
+        ("listed", ctypes.c_int64),
+        ("bins", ctypes.c_void_p),
     ]
 
 
@@ -77,7 +82,8 @@ class Plan(NamedTuple):
     """How the work is cut: chunks of how many steps, and passes of a block over channels.
 
     ``first_steps`` is how many steps the first chunk has; ``handed_on``, whether chunks hand
-    their gradients on from block to block or are joined.
+    their gradients on from block to block or are joined. Of a pack, ``chunks`` is how many its
+    longest sequence has, and ``share`` how many steps a block should have, of one or several.
     """
 
     chunks: int
@@ -85,6 +91,7 @@ class Plan(NamedTuple):
     passes: int
     first_steps: int
     handed_on: bool = False
+    share: int = 1
 
 
 def cut(chunks: int, l: int, passes: int = 1) -> Plan:
@@ -174,6 +181,47 @@ def plan(b: int, l: int, d: int, n: int, groups: int, form: Form, multiprocessor
     return chosen._replace(passes=passes)
 
 
+# So many shares of a pack there are for each block that the GPU runs at once, if sequences are
+# short enough: the last ones leave little of it without work.
+_SHARES = 8
+
+
+@lru_cache(maxsize=1024)
+def plan_for_pack(
+    cu_seqlens: bytes, d: int, n: int, groups: int, form: Form, multiprocessors: int
+) -> Plan:
+    """Choose how to cut a pack, from its sequences' lengths, the kernel and the GPU's size."""
+    lengths = np.diff(_spans.starts_of(cu_seqlens))
+    whole = -(-lengths // CHECKPOINT_STEPS) * CHECKPOINT_STEPS  # a block works in these
+    longest = int(whole.max())
+    slots = form.blocks * multiprocessors
+    columns = groups * -(-(d // groups) // (form.walkers * warp_channels(n)))
+
+    def cost(steps: int) -> float:
+        if steps == longest:
+            return packs.makespan(packs.work(whole, steps, _START_COST), columns, slots)
+        work = packs.work(whole, steps, _JOINED_START_COST)
+        carried = max(1.0, work.carried_steps * columns / (slots * steps))
+        return (
+            _JOIN_COST
+            + packs.makespan(work, columns, slots)
+            + 0.25 * carried * (steps + _JOINED_START_COST)
+        )
+
+    checkpoints = longest // CHECKPOINT_STEPS
+    counts = {-(-checkpoints // chunks) for chunks in (*range(1, 16), *range(16, 257, 16))}
+    steps = min(sorted(counts, reverse=True), key=lambda count: cost(count * CHECKPOINT_STEPS))
+    steps *= CHECKPOINT_STEPS
+    chunks = -(-int(lengths.max()) // steps)
+    share = int(whole.sum()) * columns // (slots * _SHARES)
+    passes = 1
+    if form.sums > _FEW_SUMS:
+        # as many as leave a block for every slot
+        most = packs.work(lengths, steps).spans * columns // slots
+        passes = max(1, min(16, most))
+    return Plan(chunks, steps, passes, steps, share=max(1, share))
+
+
 def backward(
     dy: Tensor,
     dlast_state: Tensor | None,
@@ -190,26 +238,36 @@ def backward(
     dt_softplus: bool,
     *,
     dgate: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Gradients:
     """Return the gradient of each operand, in its own dtype, from what ``forward`` saved.
 
-    ``dgate`` is room for the gate's, which is used if the kernel can write there. ``plan`` says
-    how to cut the work, and ``None`` leaves that to ``plan()``. Two runs with the
-    same operands on the same GPU give the same bits. The kernels never see an empty batch or an
-    empty sequence.
+    ``dgate`` is room for the gate's, which is used if the kernel can write there.
+    ``cu_seqlens`` (s+1) says that this is a pack, as in ``forward``. ``plan`` says how to cut
+    the work, and ``None`` leaves that to ``plan()`` or ``plan_for_pack()``. Two runs with the
+    same operands on the same GPU give the same bits. Neither the batch nor a sequence may be
+    empty.
 
     Raises:
         RuntimeError: The kernels cannot be compiled or run on this GPU.
     """
     dy, x, dt, B, C = (_within_reach(tensor) for tensor in (dy, x, dt, B, C))
     gate = None if gate is None else _within_reach(gate)
-    call = Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus, dy)
+    packed = cu_seqlens is not None
+    call = Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus, dy, packed)
     b, l, d, n = call.sizes
     g, scalar, device = call.groups, call.scalar, x.device.index
     form = _form(call.defines, call.group_channels, *_cuda.shared_memory(device))
+    pack = b"" if cu_seqlens is None else _spans.bytes_of(cu_seqlens)
+    sequences = b if cu_seqlens is None else len(cu_seqlens) - 1
     if plan is None:
-        plan = _plan(b, l, d, n, g, form, _cuda.multiprocessors(device))
+        rest = (d, n, g, form, _cuda.multiprocessors(device))
+        plan = plan_for_pack(pack, *rest) if packed else _plan(b, l, *rest)
+    if packed:
+        table = packs.table(pack, plan.chunk_steps, x, share=plan.share)
+    else:
+        table = packs.batch(b, plan.chunks)
     columns = -(-call.group_channels // (form.walkers * warp_channels(n) * plan.passes))
 
     dx = x.new_empty(b, l, d, dtype=call.stored_x)
@@ -221,10 +279,10 @@ def backward(
     dA, dD, ddt_bias = (x.new_empty(shape, dtype=scalar) for shape in ((d, n), d, d))
     dB = x.new_empty(B.shape, dtype=scalar if B.ndim == 2 else call.stored_B)
     dC = x.new_empty(C.shape, dtype=scalar if C.ndim == 2 else call.stored_B)
-    dstate = None if state is None else x.new_empty(b, d, n, dtype=scalar)
+    dstate = None if state is None else x.new_empty(sequences, d, n, dtype=scalar)
     # of dA, dD, ddt_bias, and of dB and dC where they are constant
     width = d * n * (1 + (B.ndim == 2) + (C.ndim == 2)) + 2 * d
-    parts = x.new_empty(b * plan.chunks, width, dtype=scalar)
+    parts = x.new_empty(table.bins.number, width, dtype=scalar)
     token_parts = x.new_empty(g * columns, b, l, form.sums, dtype=scalar)
 
     arguments = _Arguments(call.operands, call.dy)
@@ -232,43 +290,47 @@ def backward(
     arguments.dlast_state = call.scalars(dlast_state)
     arguments.dx, arguments.ddt = call.output(dx), call.output(ddt)
     if dgate is not None:
-        arguments.dgate = Rows(dgate.data_ptr(), *dgate.stride()[:2], 0)
+        arguments.dgate = call.output(dgate)
     if B.ndim == 2:
         arguments.dB_constant = dB.data_ptr()
     else:
-        arguments.dB = _token_rows(dB)
+        arguments.dB = call.output(dB)
     if C.ndim == 2:
         arguments.dC_constant = dC.data_ptr()
     else:
-        arguments.dC = _token_rows(dC)
+        arguments.dC = call.output(dC)
     arguments.dA, arguments.dD = dA.data_ptr(), dD.data_ptr()
     arguments.ddt_bias = ddt_bias.data_ptr()
     arguments.dstate = None if dstate is None else dstate.data_ptr()
     arguments.token_parts, arguments.parts = token_parts.data_ptr(), parts.data_ptr()
-    arguments.chunks, arguments.chunk_steps = plan.chunks, plan.chunk_steps
-    arguments.first_steps = plan.first_steps
+    arguments.chunks = table.bins.number // b
+    arguments.chunk_steps, arguments.first_steps = plan.chunk_steps, plan.first_steps
     arguments.columns, arguments.passes = columns, plan.passes
+    arguments.bins = table.bins.address
 
     def launch(entry: str, blocks: int, threads: int, shared_bytes: int = 0) -> None:
         _cuda.kernel(SOURCE, entry, form.defines, device, shared_bytes).launch(
             (blocks, 1, 1), threads, arguments, shared_bytes
         )
 
-    blocks = columns * g * plan.chunks * b
+    blocks = columns * g * table.bins.number
     if plan.chunks > 1:
-        carries = x.new_empty(b, plan.chunks, d, n, dtype=scalar)
+        carries = x.new_empty(table.chunks, d, n, dtype=scalar)
         arguments.carries = carries.data_ptr()
         if plan.handed_on:
             flags = x.new_zeros(blocks * plan.passes * form.walkers, dtype=torch.int32)
             arguments.flags = flags.data_ptr()
         else:
-            dt_sums = x.new_empty(b, plan.chunks, d, dtype=scalar)
+            dt_sums = x.new_empty(table.chunks, d, dtype=scalar)
             arguments.dt_sums = dt_sums.data_ptr()
             carry_blocks = -(-call.group_channels // (form.carry_warps * warp_channels(n)))
-            carry_blocks *= g * (plan.chunks - 1) * b
+            carry_blocks *= g * table.later.number
+            arguments.spans = table.later.address
             launch("scan_carries", carry_blocks, form.carry_warps * 32, form.carry_bytes)
-            launch("scan_join_back", -(-b * d * n // _THREADS), _THREADS)
+            arguments.spans, arguments.listed = table.cut.address, table.cut.number
+            launch("scan_join_back", -(-table.cut.number * d * n // _THREADS), _THREADS)
     runners = max(1, form.walkers // 2)
+    arguments.spans = table.spans.address
     launch("scan_backward", blocks, 32 * (form.walkers + runners), form.shared_bytes)
     padded = 1 << (n - 1).bit_length()
     items = g * b * l * form.sums // min(4, padded) + width
@@ -300,13 +362,6 @@ def _may_be_written(rows: Tensor, dtype: torch.dtype) -> bool:
     batch, time, channel = rows.stride()
     starts = rows.data_ptr() | batch * rows.itemsize | time * rows.itemsize
     return rows.dtype == dtype and channel == 1 and starts % 16 == 0 and time < 2**31
-
-
-def _token_rows(gradient: Tensor) -> Rows:
-    batch, time = gradient.stride()[:2]
-    return Rows(
-        gradient.data_ptr(), batch, time, gradient.stride(2) if gradient.ndim == 4 else 0
-    )
 
 
 _SIZES = {"float": 4, "bf16": 2, "fp16": 2, "double": 8}
@@ -408,9 +463,9 @@ def _build(defines: Defines, walkers: int, buffers: int, tile: int, blocks: int 
 def specialisations() -> Iterator[Defines]:
     """Yield the defines of the kernels that a model is likely to ask for, by GPU."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    for kilobytes, dtype, n in (
-        *((227, bf16, 16), (227, fp32, 16), (227, bf16, 1), (227, bf16, 64)),
-        *((163, bf16, 16), (99, bf16, 16)),
+    for kilobytes, dtype, n, packed in (
+        *((227, bf16, 16, 0), (227, fp32, 16, 0), (227, bf16, 1, 0), (227, bf16, 64, 0)),
+        *((163, bf16, 16, 0), (99, bf16, 16, 0), (163, bf16, 16, 1)),
     ):
         kinds = (
             ("STATES", str(n)),
@@ -421,5 +476,6 @@ def specialisations() -> Iterator[Defines]:
             ("CONSTANT_C", "0"),
             ("ALIGNED", "1"),
             ("ALIGNED_COEFFICIENTS", str(int(n > 1))),
+            *((("PACKED", "1"),) if packed else ()),
         )
         yield _choose(kinds, 2048, kilobytes * 1024, (kilobytes + 1) * 1024).defines

@@ -16,14 +16,20 @@
 // rather than per token), ALIGNED (pieces of x, dt, gate, y and their gradients start on
 // multiples of their size, at most 16 bytes), ALIGNED_COEFFICIENTS (likewise for B and C). NARROW,
 // 0 if not given, is for 4 <= n <= 16: 1 halves the states in a lane, and so the channels of a
-// warp. That is twice the warps for a fifth more work.
+// warp. That is twice the warps for a fifth more work. PACKED, 0 if not given, is 1 for a pack of
+// sequences: then b is 1, l is the pack's, no tensor has a stride from sequence to sequence, and
+// what there is one of for each sequence has as many rows as there are sequences.
 #pragma once
 #include "_cuda.cuh"
+#include "_spans/span.cuh"
 
 #define METHOD __device__ __forceinline__
 
 #ifndef NARROW
 #define NARROW 0
+#endif
+#ifndef PACKED
+#define PACKED 0
 #endif
 
 typedef Wide<X_TYPE> real; // float, or double if x is
@@ -51,8 +57,15 @@ struct Operands {
     Rows x, dt, gate, B, C;
     const real *A, *D, *dt_bias;           // (d, n), (d), (d)
     const real *B_constant, *C_constant;   // (d, n) in place of B, C
-    const real* state;                     // (b, d, n)
+    const real* state;                     // (b, d, n), or (sequences, d, n)
 };
+
+// Which checkpoint is the state before a step. Those of a pack's sequences never overlap: a whole
+// number of checkpoints lies between the step and the first one of its sequence.
+DEVICE long long checkpoint_row(const Operands& in, long long sequence, long long step) {
+    const long long rows = (in.l + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS;
+    return (PACKED ? sequence : sequence * rows) + step / CHECKPOINT_STEPS;
+}
 
 // ---------------------------------------------------------------- a warp over channels and states
 

@@ -21,6 +21,9 @@
 //              scan_join chains these into the chunks' first states, and scan_forward runs all
 //              chunks at once. Not for scan_wide, which has warps enough.
 //
+// In a pack a block takes a span of a list, a chunk of one sequence or all of it, and the same
+// two ways join the chunks of a sequence.
+//
 // Beside what common.cuh is given, -D gives WIDE (warps side by side in time; 0: the kernels that
 // walk), BLOCKS (that are meant to share a multiprocessor) and SHARED_BYTES (of a block).
 #include "common.cuh"
@@ -36,12 +39,17 @@ struct Arguments {
     Operands in;
     Rows y;
     real* last_state;  // (b, d, n)
-    real* checkpoints; // (b, l / CHECKPOINT_STEPS, d, n) or null
+    real* checkpoints; // (b, l / CHECKPOINT_STEPS, d, n) or null; see checkpoint_row for packs
     real* starts;      // (b, chunks, d, n): each chunk's first state; not used for one chunk
     real* sums;        // (b, chunks, d): of dt; where chunks are joined
     int* flags;        // one 0 for each warp with states of its own, or null: chunks are joined
     long long chunks, chunk_steps;
     long long blocks; // of channels in a group
+    // For packs, where (b, chunks) is one axis that Span::chunk counts. scan_states has spans that
+    // others of their sequence follow; scan_join, for each sequence that is cut, one that says
+    // which is its first chunk and, as `steps`, how many they are.
+    const Span* spans;
+    long long listed; // spans
 };
 
 // ---------------------------------------------------------------- shared memory of a warp
@@ -349,13 +357,48 @@ DEVICE void write_outputs(
 // Where a block is: blocks of channels fastest, so that those in flight share rows of B and C,
 // and chunks slowest.
 struct Task {
-    long long slot, group, batch, chunk;
+    long long slot, group;
+#if PACKED
+    const Span* span; // what is in it is read when it is asked for, and takes no registers
+    METHOD explicit Task(const Arguments& a) {
+        long long i = blockIdx.x;
+        slot = i % a.blocks, i /= a.blocks;
+        group = i % a.in.g, span = a.spans + i / a.in.g;
+    }
+    METHOD long long sequence() const { return span->sequence; }
+    METHOD long long begin(const Arguments&) const { return span->begin; }
+    METHOD int steps(const Arguments&, long long) const { return span->steps; }
+    METHOD bool starts() const { return span->before == 0; }
+    METHOD bool ends(const Arguments&) const { return span->after == 0; }
+    METHOD long long chunk_row(const Arguments&, int later) const { return span->chunk + later; }
+    METHOD long long flag(const Arguments& a, int chunks_before) const {
+        return ((span->chunk - chunks_before) * a.in.g + group) * a.blocks + slot;
+    }
+#else
+    long long batch, chunk;
     METHOD explicit Task(const Arguments& a) {
         long long i = blockIdx.x;
         slot = i % a.blocks, i /= a.blocks;
         group = i % a.in.g, i /= a.in.g;
         batch = i % a.in.b, chunk = i / a.in.b;
     }
+    METHOD long long sequence() const { return batch; }
+    METHOD long long begin(const Arguments& a) const { return chunk * a.chunk_steps; }
+    METHOD int steps(const Arguments& a, long long begin) const {
+        return (int)min(a.in.l - begin, a.chunk_steps);
+    }
+    // Whether it is the first or the last chunk of its sequence.
+    METHOD bool starts() const { return chunk == 0; }
+    METHOD bool ends(const Arguments& a) const { return chunk == a.chunks - 1; }
+    // Where it is among the rows of `starts` and `sums`, or the one that comes so much later.
+    METHOD long long chunk_row(const Arguments& a, int later) const {
+        return batch * a.chunks + (chunk + later);
+    }
+    // Which flag, of all blocks', is its own or that of the chunk before.
+    METHOD long long flag(const Arguments& a, int chunks_before) const {
+        return blockIdx.x - chunks_before * a.blocks * a.in.g * a.in.b;
+    }
+#endif
 };
 
 // The flag of this warp's states in a block.
@@ -363,34 +406,33 @@ DEVICE int* flag_of(const Arguments& a, long long block) {
     return a.flags + (WIDE ? block : block * CHANNEL_WARPS + threadIdx.x / 32);
 }
 
-// The row of the warp's first channel in an array (b, rows, d, n).
-DEVICE long long state_row(const Arguments& a, const Warp& warp, long long batch, long long rows,
-                           long long row) {
-    return ((batch * rows + row) * a.in.d + warp.channels.first) * STATES;
+// The row of the warp's first channel in an array (rows, d, n).
+DEVICE long long state_row(const Arguments& a, const Warp& warp, long long row) {
+    return (row * a.in.d + warp.channels.first) * STATES;
 }
 
 // h comes in as zeros.
 DEVICE void load_first_state(const Arguments& a, const Warp& warp, const Task& task, real* h) {
     const real* from;
-    if (task.chunk == 0) {
+    if (task.starts()) {
         if (!a.in.state) return;
-        from = a.in.state + state_row(a, warp, task.batch, 1, 0);
+        from = a.in.state + state_row(a, warp, task.sequence());
     } else {
-        if (a.flags) await(flag_of(a, blockIdx.x - a.blocks * a.in.g * a.in.b));
-        from = a.starts + state_row(a, warp, task.batch, a.chunks, task.chunk);
+        if (a.flags) await(flag_of(a, task.flag(a, 1)));
+        from = a.starts + state_row(a, warp, task.chunk_row(a, 0));
     }
     load_states(from, warp.lane, warp.channels.count, h);
 }
 
 // The state after the task's steps goes to the caller or to the next chunk.
 DEVICE void leave_state(const Arguments& a, const Warp& warp, const Task& task, const real* h) {
-    if (task.chunk == a.chunks - 1) {
-        real* to = a.last_state + state_row(a, warp, task.batch, 1, 0);
+    if (task.ends(a)) {
+        real* to = a.last_state + state_row(a, warp, task.sequence());
         store_states(to, warp.lane, warp.channels.count, h);
     } else if (a.flags) {
-        real* to = a.starts + state_row(a, warp, task.batch, a.chunks, task.chunk + 1);
+        real* to = a.starts + state_row(a, warp, task.chunk_row(a, 1));
         store_states(to, warp.lane, warp.channels.count, h);
-        publish(flag_of(a, blockIdx.x));
+        publish(flag_of(a, task.flag(a, 0)));
     }
 }
 
@@ -398,16 +440,18 @@ DEVICE void leave_state(const Arguments& a, const Warp& warp, const Task& task, 
 DEVICE X_TYPE* first_output(
     const Arguments& a, const Warp& warp, const Task& task, long long first
 ) {
-    return (X_TYPE*)a.y.data + task.batch * a.y.batch + (first + warp.piece.row) * a.y.time +
+    return (X_TYPE*)a.y.data + task.sequence() * a.y.batch + (first + warp.piece.row) * a.y.time +
            warp.first_channel();
 }
 
+// Save the state before a step, number `first` of the task's, if it is one to be saved.
 DEVICE void save_checkpoint(
-    const Arguments& a, const Warp& warp, long long batch, long long step, const real* h
+    const Arguments& a, const Warp& warp, const Task& task, long long step, int first,
+    const real* h
 ) {
-    if (!a.checkpoints || step % CHECKPOINT_STEPS != 0) return;
-    long long rows = (a.in.l + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS;
-    real* to = a.checkpoints + state_row(a, warp, batch, rows, step / CHECKPOINT_STEPS);
+    if (PACKED) step = task.begin(a) + first; // asked anew, it takes no registers
+    if (!a.checkpoints || (PACKED ? first : step) % CHECKPOINT_STEPS != 0) return;
+    real* to = a.checkpoints + state_row(a, warp, checkpoint_row(a.in, task.sequence(), step));
     store_states(to, warp.lane, warp.channels.count, h);
 }
 
@@ -422,10 +466,10 @@ constexpr int UNROLLED = sizeof(real) == 4 ? 4 : 1;
 template <bool OUTPUT> DEVICE void walk(const Arguments& a, WalkShared& block) {
     const Operands& in = a.in;
     const Task task(a);
-    const long long begin = task.chunk * a.chunk_steps;
-    const int steps = (int)min(in.l - begin, a.chunk_steps);
+    const long long begin = task.begin(a);
+    const int steps = task.steps(a, begin);
     const int w = threadIdx.x / 32;
-    Warp warp(in, task.batch, task.group, task.slot * CHANNEL_WARPS + w, begin);
+    Warp warp(in, task.sequence(), task.group, task.slot * CHANNEL_WARPS + w, begin);
     WarpShared& shared = block.warps[w];
 
     real sums[PIECE] = {}, h[LANE_ELEMENTS] = {};
@@ -448,7 +492,7 @@ template <bool OUTPUT> DEVICE void walk(const Arguments& a, WalkShared& block) {
         const int left = steps - first;
         copy_async_wait<0>();
         make_steps(shared, warp, shared.stages[stage], left, OUTPUT ? nullptr : sums);
-        if (OUTPUT) save_checkpoint(a, warp, task.batch, begin + first, h);
+        if (OUTPUT) save_checkpoint(a, warp, task, begin + first, first, h);
         // B and C are there for all warps, and all have left the other stage.
         __syncthreads();
         fetch(stage ^ 1, left - TILE_STEPS);
@@ -480,10 +524,10 @@ template <bool OUTPUT> DEVICE void walk(const Arguments& a, WalkShared& block) {
     copy_async_wait<0>();
     if (!OUTPUT) {
         store_states(
-            a.starts + state_row(a, warp, task.batch, a.chunks, task.chunk), warp.lane,
+            a.starts + state_row(a, warp, task.chunk_row(a, 0)), warp.lane,
             warp.channels.count, h
         );
-        real* to = a.sums + (task.batch * a.chunks + task.chunk) * in.d + warp.first_channel();
+        real* to = a.sums + task.chunk_row(a, 0) * in.d + warp.first_channel();
 #pragma unroll
         for (int i = 0; i < PIECE; i++) {
             // over the lanes that have the same piece of other rows
@@ -511,12 +555,18 @@ KERNEL(CHANNEL_WARPS * 32, BLOCKS) scan_states(const __grid_constant__ Arguments
 // each chunk makes of zeros into the state that it starts from.
 KERNEL(256, 1) scan_join(const __grid_constant__ Arguments a) {
     const long long row = a.in.d * STATES, i = blockIdx.x * 256ll + threadIdx.x;
-    if (i >= a.in.b * row) return;
+    if (i >= (PACKED ? a.listed : a.in.b) * row) return;
     const long long batch = i / row, k = i % row;
     const real A = times_log2e(a.in.A[k]);
+#if PACKED
+    const Span of = a.spans[batch];
+    real h = a.in.state ? a.in.state[of.sequence * row + k] : real(0);
+    for (long long at = of.chunk; at < of.chunk + of.steps; at++) {
+#else
     real h = a.in.state ? a.in.state[i] : real(0);
     for (long long chunk = 0; chunk < a.chunks; chunk++) {
         const long long at = batch * a.chunks + chunk;
+#endif
         const real end = a.starts[at * row + k];
         a.starts[at * row + k] = h;
         h = multiply_add(decay_of(a.sums[at * a.in.d + k / STATES], A), h, end);
@@ -551,11 +601,11 @@ KERNEL(WIDE * 32, BLOCKS) scan_wide(const __grid_constant__ Arguments a) {
     constexpr int ROUND = WIDE * TILE_STEPS;
     const Operands& in = a.in;
     const Task task(a);
-    const long long begin = task.chunk * a.chunk_steps;
-    const int steps = (int)min(in.l - begin, a.chunk_steps);
+    const long long begin = task.begin(a);
+    const int steps = task.steps(a, begin);
     const int w = threadIdx.x / 32;
     const int own = w * TILE_STEPS; // the warp's first step in a round
-    Warp warp(in, task.batch, task.group, task.slot, begin + own);
+    Warp warp(in, task.sequence(), task.group, task.slot, begin + own);
     WarpShared& shared = block.warps[w];
     auto& tiles = block.coefficients[w].tile;
 
@@ -627,7 +677,7 @@ KERNEL(WIDE * 32, BLOCKS) scan_wide(const __grid_constant__ Arguments a) {
             store_lane(block.carry[stage ^ 1], h);
             if (round + ROUND >= steps) leave_state(a, warp, task, h);
         }
-        if (left > 0) save_checkpoint(a, warp, task.batch, begin + round + own, start);
+        if (left > 0) save_checkpoint(a, warp, task, begin + round + own, round + own, start);
 
 #pragma unroll
         for (int t = 0; t < TILE_STEPS; t += GROUP) {

@@ -1,16 +1,19 @@
 """Run the selective scan forward on a CUDA GPU (``forward.cu``)."""
 
 import ctypes
+import math
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ... import _cuda
+from ... import _cuda, _spans
 from ..._cuda import Defines
+from . import packs
 from .operands import (
     CHECKPOINT_STEPS,
     TYPES,
@@ -38,6 +41,8 @@ class _Arguments(ctypes.Structure):
             for name in ("last_state", "checkpoints", "starts", "sums", "flags")
         ),
         *((name, ctypes.c_int64) for name in ("chunks", "chunk_steps", "blocks")),
+        ("spans", ctypes.c_void_p),
+        ("listed", ctypes.c_int64),
     ]
 
 
@@ -46,7 +51,7 @@ class Plan(NamedTuple):
 
     ``wide`` is how many warps lie side by side in time, 0 if they walk; ``narrow``, whether
     they have half as many channels; ``handed_on``, whether chunks hand their states on from
-    block to block or are joined.
+    block to block or are joined. Of a pack, ``chunks`` is how many its longest sequence has.
     """
 
     wide: int = 0
@@ -57,7 +62,10 @@ class Plan(NamedTuple):
 
 
 def cut(plan: Plan, l: int) -> Plan:
-    """Return the plan with at most as many chunks, each of whole checkpoints."""
+    """Return the plan with at most as many chunks, each of whole checkpoints.
+
+    Of a pack, ``l`` is the length of the longest sequence.
+    """
     steps = -(-l // (plan.chunks * CHECKPOINT_STEPS)) * CHECKPOINT_STEPS
     return plan._replace(chunks=-(-l // steps), chunk_steps=steps)
 
@@ -129,6 +137,46 @@ def choose(
     )
 
 
+@lru_cache(maxsize=1024)
+def choose_for_pack(
+    cu_seqlens: bytes, d: int, n: int, groups: int, may_be_wide: bool, multiprocessors: int
+) -> Plan:
+    """Choose how to cut a pack, from the lengths of its sequences and the GPU's size."""
+    lengths = np.diff(_spans.starts_of(cu_seqlens))
+    longest, sequences = int(lengths.max()), len(lengths)
+
+    @cache
+    def work_of(steps: int) -> packs.Work:
+        return packs.work(lengths, steps)
+
+    def cost(plan: Plan) -> float:
+        warps = 1 if plan.wide else _channel_warps(n)
+        channels = warp_channels(n, plan.narrow)
+        columns = groups * -(-(d // groups) // (warps * channels))
+        step_costs = _STEP_COSTS[plan.wide, plan.narrow]
+        quarters = 1 if plan.wide else 4
+        room = max(1, quarters * len(step_costs) // warps) * multiprocessors
+        if plan.handed_on and columns * sequences < room:
+            return float("inf")  # they would wait for each other
+        work = work_of(plan.chunk_steps)
+        if plan.handed_on:
+            # chunks of a sequence run one after another, and the last ones alone
+            steps = max(work.steps * columns / room, longest) + plan.chunk_steps / 2
+        else:
+            steps = packs.makespan(work, columns, room)
+        together = -(-work.steps * columns // (math.ceil(steps) * multiprocessors)) * warps
+        step = step_costs[min(-(-together // quarters), len(step_costs)) - 1]
+        if not plan.wide and channels > 32:
+            step *= _MANY_CHANNELS_COST
+        joined = plan.chunks > 1 and not plan.handed_on
+        if joined:
+            step *= 1 + _STATES_COST * work.carried_steps / work.steps
+        waves = -(-work.spans * columns // room)
+        return step * steps + _START_COST + waves * _BLOCK_COST + joined * _JOIN_COST
+
+    return min(_plans(longest, n, may_be_wide), key=cost)
+
+
 def forward(
     x: Tensor,
     dt: Tensor,
@@ -142,27 +190,34 @@ def forward(
     dt_softplus: bool,
     save: bool,
     *,
+    cu_seqlens: Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the scan; return ``y``, the last state and, if ``save``, the checkpoints.
 
-    ``plan`` says how to cut the work; ``None`` leaves that to ``choose``. The batch and the
-    sequence must not be empty.
+    ``cu_seqlens`` (s+1), int64 on the CPU, says where the sequences of a pack begin and where
+    the last one ends; ``state`` and the last state are then (s, d, n). ``plan`` says how to cut
+    the work; ``None`` leaves that to ``choose`` or ``choose_for_pack``. Neither the batch nor a
+    sequence may be empty.
 
     Raises:
         RuntimeError: The kernels cannot be compiled or run on this GPU.
     """
-    call = Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus)
+    packed = cu_seqlens is not None
+    call = Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus, packed=packed)
     b, l, d, n = call.sizes
     device = x.device.index
+    pack = b"" if cu_seqlens is None else _spans.bytes_of(cu_seqlens)
+    sequences = b if cu_seqlens is None else len(cu_seqlens) - 1
     if plan is None:
         may_be_wide = _may_be_wide(call.defines, _cuda.shared_memory(device)[0])
-        multiprocessors = _cuda.multiprocessors(device)
-        plan = choose(b, l, d, n, call.groups, may_be_wide, multiprocessors)
+        rest = (d, n, call.groups, may_be_wide, _cuda.multiprocessors(device))
+        plan = choose_for_pack(pack, *rest) if packed else choose(b, l, *rest)
     defines, warps, shared_bytes = _specialised(call.defines, plan.wide, plan.narrow)
     y = x.new_empty(b, l, d, dtype=call.stored_x)
-    last_state = x.new_empty(b, d, n, dtype=call.scalar)
-    checkpoints = x.new_empty(checkpoint_shape(b, l, d, n) if save else 0, dtype=call.scalar)
+    last_state = x.new_empty(sequences, d, n, dtype=call.scalar)
+    saved = checkpoint_shape(b, l, d, n, sequences if packed else None)
+    checkpoints = x.new_empty(saved if save else 0, dtype=call.scalar)
     arguments = _Arguments(
         call.operands,
         call.output(y),
@@ -170,30 +225,39 @@ def forward(
         checkpoints.data_ptr() if save else None,
     )
     arguments.chunks, arguments.chunk_steps = plan.chunks, plan.chunk_steps
+    if packed:
+        table = packs.table(pack, plan.chunk_steps, x, handed_on=plan.handed_on)
+    else:
+        table = packs.batch(b, plan.chunks)
 
     # blocks that walk have warps side by side over channels
     block_channels = warp_channels(n, plan.narrow) * (1 if plan.wide else warps)
     arguments.blocks = -(-call.group_channels // block_channels)
-    blocks = arguments.blocks * call.groups * plan.chunks * b
+    columns = arguments.blocks * call.groups
 
-    def launch(entry: str) -> None:
-        _cuda.kernel(SOURCE, entry, defines, device, shared_bytes).launch(
-            (blocks, 1, 1), warps * 32, arguments, shared_bytes
+    def launch(entry: str, taken: packs.Listed) -> None:
+        arguments.spans, arguments.listed = taken.address, taken.number
+        if entry == "scan_join":
+            blocks, threads, room = -(-taken.number * d * n // _JOIN_THREADS), _JOIN_THREADS, 0
+        else:
+            blocks, threads, room = columns * taken.number, warps * 32, shared_bytes
+        _cuda.kernel(SOURCE, entry, defines, device, room).launch(
+            (blocks, 1, 1), threads, arguments, room
         )
 
     if plan.chunks > 1:
-        starts = x.new_empty(b, plan.chunks, d, n, dtype=call.scalar)
+        starts = x.new_empty(table.chunks, d, n, dtype=call.scalar)
         arguments.starts = starts.data_ptr()
         if plan.handed_on:
-            flags = x.new_zeros(blocks * (1 if plan.wide else warps), dtype=torch.int32)
+            states = columns * table.chunks * (1 if plan.wide else warps)
+            flags = x.new_zeros(states, dtype=torch.int32)
             arguments.flags = flags.data_ptr()
         else:
-            sums = x.new_empty(b, plan.chunks, d, dtype=call.scalar)
+            sums = x.new_empty(table.chunks, d, dtype=call.scalar)
             arguments.sums = sums.data_ptr()
-            launch("scan_states")
-            join = _cuda.kernel(SOURCE, "scan_join", defines, device)
-            join.launch((-(-b * d * n // _JOIN_THREADS), 1, 1), _JOIN_THREADS, arguments)
-    launch("scan_wide" if plan.wide else "scan_forward")
+            launch("scan_states", table.first)
+            launch("scan_join", table.cut)
+    launch("scan_wide" if plan.wide else "scan_forward", table.spans)
     return y.to(x.dtype), last_state, checkpoints
 
 
@@ -283,3 +347,6 @@ def specialisations() -> Iterator[Defines]:
                 for wide in (0, 4) if n <= 16 else (0,):
                     for narrow in _narrow(n, wide)[: 2 if dtype == torch.bfloat16 else 1]:
                         yield _specialised(given, wide, narrow).defines
+                    if n == 16 and dtype == torch.bfloat16:
+                        packed = (*given, ("PACKED", "1"))
+                        yield _specialised(packed, wide, False).defines

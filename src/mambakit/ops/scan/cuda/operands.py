@@ -31,8 +31,16 @@ TYPES = {
 CHECKPOINT_STEPS = 64
 
 
-def checkpoint_shape(b: int, l: int, d: int, n: int) -> tuple[int, int, int, int]:
-    """Return the shape of the states that ``forward`` saves: one every CHECKPOINT_STEPS."""
+def checkpoint_shape(
+    b: int, l: int, d: int, n: int, sequences: int | None = None
+) -> tuple[int, int, int, int]:
+    """Return the shape of the states that ``forward`` saves: one every CHECKPOINT_STEPS.
+
+    Of a pack of so many sequences, of which number k begins at step ``a``, those from number
+    ``a // CHECKPOINT_STEPS + k`` on are that sequence's.
+    """
+    if sequences is not None:
+        return (1, l // CHECKPOINT_STEPS + sequences, d, n)
     return (b, (l + CHECKPOINT_STEPS - 1) // CHECKPOINT_STEPS, d, n)
 
 
@@ -73,6 +81,7 @@ class Call:
     ``sizes`` is (b, l, d, n), ``groups`` the number of groups, ``scalar`` the dtype computed
     in, ``stored_x`` that of x, gate and y in memory, ``stored_dt`` that of dt, ``stored_B``
     that of B and C where they have rows. ``defines`` is what the kernels are specialised on.
+    With ``packed`` the one row of the batch holds several sequences.
     """
 
     def __init__(
@@ -88,10 +97,12 @@ class Call:
         state: Tensor | None,
         dt_softplus: bool,
         dy: Tensor | None = None,
+        packed: bool = False,
     ) -> None:
         b, l, d = x.shape
         n = A.shape[1]
         self.sizes = (b, l, d, n)
+        self.packed = packed
         self.device = x.device
         self.scalar = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.alive: list[Tensor] = []
@@ -137,12 +148,13 @@ class Call:
             ("CONSTANT_C", str(int(token_C is None))),
             ("ALIGNED", str(int(self._aligned))),
             ("ALIGNED_COEFFICIENTS", str(int(self._aligned_coefficients))),
+            *((("PACKED", "1"),) if packed else ()),
         )
 
     def rows(self, tensor: Tensor, dtype: torch.dtype) -> Rows:
         """Return where the rows of a (b, l, d) tensor lie, once of ``dtype`` and dense."""
         tensor = self._dense(tensor, dtype)
-        batch, time, _ = tensor.stride()
+        batch, time = self._strides(tensor)
         size = tensor.itemsize
         if self._aligned:
             piece = min(16, self.piece * size)
@@ -152,7 +164,7 @@ class Call:
     def token_rows(self, tensor: Tensor) -> Rows:
         """Return where the rows of a (b, l, n) or (b, l, g, n) tensor lie."""
         tensor = self._dense(tensor, self.stored_B)
-        batch, time = tensor.stride()[:2]
+        batch, time = self._strides(tensor)
         group = tensor.stride(2) if tensor.ndim == 4 else 0
         size = tensor.itemsize
         if self._aligned_coefficients:
@@ -162,15 +174,20 @@ class Call:
         return Rows(tensor.data_ptr(), batch, time, group)
 
     def output(self, tensor: Tensor) -> Rows:
-        """Return where the rows of a new, contiguous (b, l, d) tensor lie."""
-        _, l, d = tensor.shape
-        return Rows(tensor.data_ptr(), l * d, d, 0)
+        """Return where the rows of a tensor (b, l, d) or (b, l, g, n) to be written lie."""
+        group = tensor.stride(2) if tensor.ndim == 4 else 0
+        return Rows(tensor.data_ptr(), *self._strides(tensor), group)
 
     def scalars(self, tensor: Tensor | None) -> int | None:
         """Return where a dense copy in the scalar lies, or ``None``."""
         if tensor is None:
             return None
         return self._dense(tensor, self.scalar, whole=True).data_ptr()
+
+    def _strides(self, tensor: Tensor) -> tuple[int, int]:
+        """Return the strides of batch and time; sequences of a pack lie at their steps."""
+        batch, time = tensor.stride()[:2]
+        return (0 if self.packed else batch), time
 
     def _dense(self, tensor: Tensor, dtype: torch.dtype, whole: bool = False) -> Tensor:
         """Return the tensor in ``dtype`` with a dense last axis: itself, or a copy."""

@@ -1,0 +1,31 @@
+"""How a module's input is brought to the one form in which sequences share a call: the pack."""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mambakit.ops._packing import Packing, arrange
+from mambakit.ops._shapes import check_axes
+
+
+def to_pack(
+    operation: str,
+    x: Float[Tensor, "b l m"],
+    cu_seqlens: Int[Tensor, " s+1"] | None,
+    lengths: Int[Tensor, " b"] | None,
+    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None,
+) -> tuple[Float[Tensor, "b l m"], Int[Tensor, " s+1"] | None, Packing | None]:
+    """Return ``x`` without padding, ``cu_seqlens`` of what it is then, and the way back.
+
+    All three keywords ``None``, which is every day, leave ``x`` as it is.
+
+    Raises:
+        ValueError: More than one of the three is given, or one of them is not as it must be;
+            the values of ``cu_seqlens`` are left to the operations.
+    """
+    if cu_seqlens is None and lengths is None and attention_mask is None:
+        return x, None, None
+    sizes = check_axes(operation, x=(x, "b l m"))
+    cu_seqlens, packing = arrange(
+        operation, sizes["b"], sizes["l"], x.device, cu_seqlens, lengths, attention_mask
+    )
+    return (x if packing is None else packing.pack(x)), cu_seqlens, packing
