@@ -67,11 +67,11 @@ def _measure(length: int) -> dict[str, Any]:
     step(64)
     # Linux with glibc: give back what the short step freed, forget the peak so far.
     ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     with _LargestTensor() as largest:
         step(length)
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     shape = largest.shape
     if shape.numel() >= length * config.d_inner * config.d_state:
         raise RuntimeError(
@@ -102,7 +102,8 @@ class _LargestTensor(TorchDispatchMode):
         return out
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Return a field of this process's status in kilobytes, on Linux."""
     text = Path("/proc/self/status").read_text()
     found = re.search(rf"^{field}:\s*(\d+) kB", text, re.M)
     if found is None:

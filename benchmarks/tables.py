@@ -25,6 +25,7 @@ _BLOCK = re.compile(
 
 FLOOR, PSCAN, HUGGING = "compute floor", "mambapy pscan", "transformers"
 HUGGING_PSCAN, SCAN_SHARE = "transformers, use_mambapy", "scan's share of the step"
+READING, PLAIN = "reading the weights", "without a draft"
 
 Case = dict[str, Row]
 Cases = dict[str, Case]
@@ -102,6 +103,48 @@ def memory(cases: Cases) -> Table:
     return table
 
 
+def forks(cases: Cases) -> Table:
+    """Show what forks of one state hold."""
+    table: Table = [("case", "what", "memory", "")]
+    table += [
+        (name, what, f"{row.median:.3g} MB", row.note)
+        for name, case in cases.items()
+        for what, row in case.items()
+    ]
+    return table
+
+
+def decode(cases: Cases) -> Table:
+    """Show a token beside transformers and the time to read its weights once."""
+    table: Table = [("case", "mambakit", "floor / mambakit", HUGGING, "mambakit / peer")]
+    for name, case in cases.items():
+        ours, peer, least = case["mambakit"], case.get(HUGGING), case[READING]
+        reached = _rate(peer) if peer else "-"
+        table.append((name, _rate(ours), _percent(least, ours), reached, _times(peer, ours)))
+    return table
+
+
+def rounding(cases: Cases) -> Table:
+    """Show perplexities with weights of fewer bits."""
+    table: Table = [("case", "weights", "perplexity", "/ that of fp32", "")]
+    for name, case in cases.items():
+        whole = case["fp32"].median
+        for weights, row in case.items():
+            ratio = f"{row.median / whole:.5f}"
+            table.append((name, weights, f"{row.median:.4f}", ratio, row.note))
+    return table
+
+
+def speculative(cases: Cases) -> Table:
+    """Show tokens a second by tokens proposed at a time."""
+    table: Table = [("case", "draft", "mambakit", "without a draft / with it", "")]
+    for name, case in cases.items():
+        plain = case[PLAIN]
+        for what, row in case.items():
+            table.append((name, what, _rate(row), _times(plain, row), row.note))
+    return table
+
+
 def shakespeare(cases: Cases) -> Table:
     """Show what the character-level recipe reaches."""
     return _reached(cases)
@@ -151,6 +194,21 @@ def gpu_training_step(cases: Cases) -> Table:
     return table
 
 
+def gpu_decode(cases: Cases) -> Table:
+    """Show a new token's time beside its floor and its peers."""
+    peers = ("Llama, compiled", "mamba_ssm")
+    columns = (column for peer in peers for column in (peer, "it / mambakit"))
+    table: Table = [("case", "mambakit", "step alone", "mambakit / floor", *columns)]
+    for name, case in cases.items():
+        ours, least = case["mambakit"], case.get("floor")
+        line = [name, _quantity(ours), _quantity(case.get("mambakit, step alone"))]
+        line.append(_times(ours, least) if least else "-")
+        for peer in peers:
+            line += [_quantity(case.get(peer)), _times(case.get(peer), ours)]
+        table.append(tuple(line))
+    return table
+
+
 def gpu_figure8(cases: Cases) -> Table:
     """Show the scan beside attention."""
     peers = ("cuDNN attention", "flash attention")
@@ -181,7 +239,9 @@ TABLES: dict[str, Callable[[Cases], Table]] = {
     table.__name__: table
     for table in (
         *(scan, conv, prefill, training_step, parity, memory, shakespeare, demo),
-        *(gpu_scan, gpu_conv, gpu_training_step, gpu_figure8, gpu_million, gpu_first_call),
+        *(decode, rounding, speculative, forks),
+        *(gpu_scan, gpu_conv, gpu_training_step, gpu_decode, gpu_figure8, gpu_million),
+        gpu_first_call,
     )
 }
 

@@ -286,6 +286,24 @@ class TestGenerate:
             "To " + text("--state", file, "--prompt", "be", "--max-new-tokens", "12") == whole
         )
 
+    def test_weights_may_be_rounded(self, run, capsys):
+        arguments = ["generate", str(run), "--prompt", "To be", "--max-new-tokens", "12"]
+        for weights in ("bf16", "int8"):
+            assert cli.main([*arguments, "--seed", "3", "--weights", weights]) == 0
+            assert len(capsys.readouterr().out) == len("To be") + 12 + len("\n")
+
+    def test_without_the_library_rounded_weights_are_one_sentence(
+        self, run, capsys, monkeypatch
+    ):
+        from mambakit.ops import _native
+
+        monkeypatch.setattr(_native, "unavailable", lambda: "the CPU library was not built")
+        arguments = ("generate", run, "--prompt", "To be", "--weights", "int8")
+        assert refused(capsys, *arguments) == (
+            "mambakit: generate: weights must be None here, got 'int8': "
+            "the CPU library was not built\n"
+        )
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [

@@ -24,6 +24,7 @@ _GENERATE = """\
 example:
   mambakit generate runs/demo --prompt "def main():" --max-new-tokens 200 --top-p 0.9 --stream
   mambakit generate runs/demo --prompt-file start.txt --temperature 0 --stop "class "
+  mambakit generate runs/demo --prompt "class Tree:" --weights int8
   mambakit generate runs/demo --prompt-file long.txt --max-new-tokens 0 --save-state long.state
   mambakit generate runs/demo --state long.state --prompt "In short, "
 """
@@ -154,6 +155,7 @@ def _generate(options: argparse.Namespace) -> int:
         on_text=write if options.stream else None,
         seed=options.seed,
         state=place,
+        weights=options.weights,
     )
     if not options.stream:
         write(0, "".join(done.texts or ()))
@@ -289,6 +291,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="R",
         help="above 1: tokens that occurred become less likely (1)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--weights", choices=("bf16", "int8"),
+        help="round the weights that each new token reads, which makes it faster",
     )  # fmt: skip
     generate.add_argument("--seed", type=int, metavar="S", help="the same seed, the same text")
     generate.add_argument(

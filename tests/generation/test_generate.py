@@ -217,6 +217,77 @@ def test_seeds_that_torch_has_no_room_for_are_refused(model, seed):
         generate(model, draw(), max_new_tokens=1, seed=seed)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
+@pytest.mark.parametrize("filling", [0, -100, V])
+def test_padding_is_cut_off(model, prompts, side, dtype, filling):
+    longest = max(map(len, prompts))
+    tokens = torch.full((len(prompts), longest), filling)
+    mask = torch.zeros(len(prompts), longest, dtype=dtype)
+    for row, kept, prompt in zip(tokens, mask, prompts, strict=True):
+        place = slice(longest - len(prompt), None) if side == "left" else slice(len(prompt))
+        row[place], kept[place] = prompt, 1
+    settings = {"max_new_tokens": 9, "temperature": 0}
+    given = {"attention_mask": mask}
+    if side == "right" and dtype == torch.int64:
+        given = {"lengths": torch.tensor([len(prompt) for prompt in prompts])}
+    more = generate(model, tokens, **given, **settings)
+    assert_close(more[:, :longest], tokens)
+    for row, prompt in zip(more, prompts, strict=True):
+        alone = generate(model, prompt[None], **settings)
+        assert_close(row[longest:], alone[0, len(prompt) :])
+    steps = list(stream(model, tokens, **given, **settings))
+    assert_close(torch.stack(steps, dim=1), more[:, longest:])
+    assert_close(model.generate(tokens, **given, **settings), more)
+
+
+def test_a_mask_of_ones_and_a_state_change_nothing(model):
+    tokens = draw()
+    settings = {"max_new_tokens": 5, "temperature": 0}
+    state = model(draw(seed=2)).state
+    wanted = generate(model, tokens, state=state, **settings)
+    ones = torch.ones_like(tokens)
+    assert_close(generate(model, tokens, state=state, attention_mask=ones, **settings), wanted)
+    padded = torch.cat([torch.zeros(2, 1, dtype=torch.int64), tokens], dim=1)
+    mask = torch.cat([ones[:, :1] * 0, ones], dim=1)
+    more = generate(model, padded, state=state, attention_mask=mask, **settings)
+    assert_close(more[:, 1:], wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attention_mask": [[1] * 6] * 2}, "attention_mask must be a tensor, got list"),
+        ({"attention_mask": torch.ones(2, 5).long()}, r"shape \(b=2, l=6\), got \(2, 5\)"),
+        ({"attention_mask": torch.ones(2, 6)}, "attention_mask must be bool .*got float32"),
+        (
+            {"attention_mask": torch.tensor([[1] * 6, [1, 1, 0, 1, 1, 1]])},
+            "one run of ones in each row, got 2 runs in row 1",
+        ),
+        (
+            {"attention_mask": torch.tensor([[0] * 6, [1] * 6])},
+            "one run of ones in each row, got no one in row 0",
+        ),
+        ({"attention_mask": torch.full((2, 6), 2)}, "0 and 1 alone, got 2 in row 0"),
+        (
+            {"lengths": torch.tensor([6, 0])},
+            "lengths must lie between 1 and l=6, got 0 in row 1",
+        ),
+        ({"lengths": torch.tensor([7, 1])}, "between 1 and l=6, got 7 in row 0"),
+        ({"lengths": torch.tensor([6])}, r"lengths must have shape \(b=2\), got \(1,\)"),
+        (
+            {"lengths": torch.tensor([6, 6]), "attention_mask": torch.ones(2, 6).long()},
+            "attention_mask must be None where lengths is given, got both",
+        ),
+    ],
+)
+@pytest.mark.cpu
+@pytest.mark.refuses
+def test_bad_masks_and_lengths_are_refused(model, given, message):
+    with pytest.raises(ValueError, match=f"^generate: .*{message}"):
+        generate(model, draw(), max_new_tokens=1, **given)
+
+
 def test_a_state_stands_for_what_it_has_read(model):
     tokens = draw()
     settings = {"max_new_tokens": 9, "temperature": 0}

@@ -193,6 +193,13 @@ def test_streaming_checks_at_once(model):
         stream_text(model, BYTES, "a", max_new_tokens=1, top_k=0)
 
 
+def test_one_stream_is_of_one_sample(model):
+    with pytest.raises(ValueError, match=r"samples must be 1 for one stream of text, got 2: "):
+        stream_text(model, BYTES, "a", max_new_tokens=1, samples=2)
+    rows = {row for row, _ in stream_texts(model, BYTES, ["a"], max_new_tokens=9, samples=2)}
+    assert rows == {0, 1}
+
+
 def test_one_string_is_no_list_of_stop_strings(model):
     with pytest.raises(ValueError, match="stop must be a list of strings, got 'ab'"):
         stream_text(model, BYTES, "a", max_new_tokens=1, stop="ab")

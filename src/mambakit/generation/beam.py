@@ -13,11 +13,12 @@ from mambakit.models import MambaLM, ModelState
 
 from .bookmark import Bookmark
 from .completions import Completions
+from .cpu_step import Weights
 from .engine import LogitsProcessor, Plan, is_scored, require_scored
 from .prompts import as_rows, begin, read
 from .sampling import SamplingRules, is_whole
-from .settings import check_count, check_tokenizer, choosable
-from .stepping import stepper
+from .settings import check_count, check_tokenizer, check_weights, choosable
+from .stepping import Step, stepper
 from .stopping import FinishReason, end_tokens
 from .text_stream import TextStream
 
@@ -37,6 +38,7 @@ def beam_search(
     vocab_size: int | None = None,
     tokenizer: Tokenizer | None = None,
     state: ModelState | Bookmark | None = None,
+    weights: Weights | None = None,
 ) -> Completions:
     """Find the ``best`` continuations of each prompt by their probability.
 
@@ -59,6 +61,7 @@ def beam_search(
         vocab_size: As in ``complete``.
         tokenizer: As in ``complete``.
         state: As in ``complete``.
+        weights: As in ``generate``.
 
     Returns:
         ``best`` rows for each prompt, best first, with their ``scores``. Fewer only where
@@ -67,6 +70,7 @@ def beam_search(
     Raises:
         ValueError: A setting breaks its rule, a prompt is empty, a token is outside the
             vocabulary, or the logits are no numbers.
+        RuntimeError: As ``generate``.
 
     Example:
         >>> from mambakit import MambaConfig
@@ -90,6 +94,7 @@ def beam_search(
             f"got {length_penalty!r}"
         )
     check_tokenizer(tokenizer)
+    check_weights(weights)
     plan = Plan(
         max_new_tokens,
         SamplingRules(temperature=0),
@@ -105,7 +110,7 @@ def beam_search(
         _Search(row, end, beams, best, length_penalty, max_new_tokens)
         for row, end in zip(rows, ends, strict=True)
     ]
-    _run(model, searches, before, plan)
+    _run(model, stepper(model, weights), searches, before, plan)
     return _collect(searches, tokenizer, model.device)
 
 
@@ -191,11 +196,14 @@ class _Search:
 
 @torch.inference_mode()
 def _run(
-    model: MambaLM, searches: Sequence[_Search], before: ModelState | None, plan: Plan
+    model: MambaLM,
+    step: Step,
+    searches: Sequence[_Search],
+    before: ModelState | None,
+    plan: Plan,
 ) -> None:
     """Advance all searches side by side; one that is over leaves the batch."""
     going = list(enumerate(searches))
-    step = stepper(model)
     logits, state = read(model, [search.prompt for search in searches], before)
     while True:
         owners = [i for i, search in going for _ in search.alive]

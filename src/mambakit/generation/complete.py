@@ -11,6 +11,7 @@ from mambakit.models import MambaLM, ModelState
 
 from .bookmark import Bookmark
 from .completions import Completions, by_row, gather_states
+from .cpu_step import Weights
 from .engine import LogitsProcessor
 from .settings import prepare
 from .speculative import Speculation
@@ -39,6 +40,7 @@ def complete(
     state: ModelState | Bookmark | None = None,
     draft: MambaLM | None = None,
     draft_tokens: int = 4,
+    weights: Weights | None = None,
     alternatives: int = 0,
 ) -> Completions:
     """Continue each prompt, and tell all about it: texts, probabilities, reasons, states.
@@ -77,6 +79,7 @@ def complete(
             seed draws others. Rows are decoded one after the other. The draft does not
             know what ``state`` has read.
         draft_tokens: How many tokens it proposes at a time.
+        weights: As in ``generate``, for the draft too.
         alternatives: How many of the likeliest tokens to return at each place.
 
     Returns:
@@ -84,6 +87,7 @@ def complete(
 
     Raises:
         ValueError: As ``generate``.
+        RuntimeError: As ``generate``.
 
     Source: the draft is that of Leviathan et al., "Fast Inference from Transformers via
     Speculative Decoding", 2023.
@@ -118,6 +122,7 @@ def complete(
         state=state,
         draft=draft,
         draft_tokens=draft_tokens,
+        weights=weights,
         alternatives=alternatives,
         score=True,
         keep_states=True,

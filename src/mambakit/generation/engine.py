@@ -11,6 +11,7 @@ from torch import Tensor
 from mambakit.models import MambaLM, ModelState
 
 from .chance import RowChance
+from .cpu_step import Weights
 from .prompts import Rows, read, skim
 from .sampling import SamplingRules
 from .stepping import stepper
@@ -126,6 +127,7 @@ class Decoding:
         plan: What to do.
         keys: What fixes the chance of each row, as ``RowChance`` says.
         stopping: What ends rows; it is shown every token.
+        weights: What the step reads, as ``stepper`` says.
         keep_states: Whether ``states`` is wanted.
 
     Attributes:
@@ -143,11 +145,13 @@ class Decoding:
         keys: Sequence[tuple[int, int]],
         stopping: Stopping,
         *,
+        weights: Weights | None,
         keep_states: bool,
     ) -> None:
         self.reasons: dict[int, FinishReason] = {}
         self.states: list[tuple[list[int], ModelState]] = []
         self._model = model
+        self._step = stepper(model, weights)
         self._prompts = prompts
         self._before = state
         self._samples = samples
@@ -180,7 +184,6 @@ class Decoding:
         looks = not self._stopping.blind or device.type == "cpu"
         fine = torch.ones(len(rows), dtype=torch.bool, device=device)
         chance = RowChance(self._keys, device)
-        step = stepper(self._model)
         logits, state = read(self._model, self._prompts, self._before, samples)
         for k in range(plan.max_new_tokens):
             scores = plan.scores(logits, texts)
@@ -215,7 +218,7 @@ class Decoding:
                 tokens, state, fine = tokens[at], state[at], fine[at]
                 seen = None if seen is None else seen[at]
                 chance.keep(stay)
-            logits, state = step(tokens, state)
+            logits, state = self._step(tokens, state)
 
     def _look(self, rows: list[int], tokens: Tensor) -> Sequence[FinishReason | None]:
         if self._stopping.blind:

@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mambakit.models import MambaLM, ModelState
 
 from .bookmark import Bookmark
+from .cpu_step import Weights
 from .engine import LogitsProcessor
+from .prompts import without_padding
 from .settings import Run, prepare
 
 
@@ -29,6 +31,9 @@ def generate(
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     state: ModelState | Bookmark | None = None,
+    weights: Weights | None = None,
+    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
+    lengths: Int[Tensor, " b"] | None = None,
 ) -> Int[Tensor, "b l_out"]:
     """Continue each row of ``tokens`` by up to ``max_new_tokens`` tokens.
 
@@ -41,7 +46,7 @@ def generate(
 
     Args:
         model: The language model.
-        tokens: Prompts of one length, at least 1, on the model's device.
+        tokens: Prompts of one length, at least 1, on the model's device; or padded to one.
         max_new_tokens: New tokens for each row, at most; 0 gives ``tokens`` back.
         temperature: Divides the logits; 0 takes the most likely token each time.
         top_k: Only the ``k`` most likely tokens; ``None`` means all.
@@ -64,15 +69,23 @@ def generate(
         state: What comes before ``tokens``: a model's state of as many sequences, or a bookmark
             of an earlier generation. The repetition penalty and the processors do not know
             which tokens it has read.
+        weights: ``"bf16"`` or ``"int8"`` rounds the matrices that each new token reads, which
+            makes decoding faster, and its probabilities a little other: see the guide. The
+            prompt is read with the model's own weights. The rounded copy is made once and
+            stays as long as the model. ``None`` rounds nothing.
+        attention_mask: 1 or true at the tokens of each prompt and 0 or false at its padding,
+            left or right. The padding is cut off and never read.
+        lengths: How many tokens each prompt has, where all padding is right of them.
 
     Returns:
-        Prompts and continuations, int64. Fewer than ``max_new_tokens`` are new where every row
-        has ended.
+        ``tokens`` as they were given, with their padding, and the continuations, int64. Fewer
+        than ``max_new_tokens`` are new where every row has ended.
 
     Raises:
         ValueError: A setting breaks its rule or contradicts another, a prompt is empty, a token
             is outside the vocabulary, the state is of another model or number of rows, or the
             logits are no numbers.
+        RuntimeError: The weights cannot be rounded for this model or on this machine.
 
     Example:
         >>> from mambakit import MambaConfig, MambaLM
@@ -99,6 +112,9 @@ def generate(
         seed=seed,
         generator=generator,
         state=state,
+        weights=weights,
+        attention_mask=attention_mask,
+        lengths=lengths,
     )
     return torch.cat([tokens.long(), *(step[:, None] for step in steps)], dim=1)
 
@@ -119,6 +135,9 @@ def stream(
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     state: ModelState | Bookmark | None = None,
+    weights: Weights | None = None,
+    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
+    lengths: Int[Tensor, " b"] | None = None,
 ) -> Iterator[Int[Tensor, " b"]]:
     """Yield the tokens of ``generate`` as they are chosen, one for each row at a time.
 
@@ -127,6 +146,7 @@ def stream(
 
     Raises:
         ValueError: As ``generate``.
+        RuntimeError: As ``generate``.
 
     Example:
         >>> from mambakit import MambaConfig, MambaLM
@@ -141,7 +161,7 @@ def stream(
         raise ValueError(f"generate: tokens must be a tensor, got {type(tokens).__name__}")
     run = prepare(
         model,
-        tokens,
+        without_padding(tokens, attention_mask, lengths),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -154,6 +174,7 @@ def stream(
         seed=seed,
         generator=generator,
         state=state,
+        weights=weights,
     )
     return _side_by_side(run)
 

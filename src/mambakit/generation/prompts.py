@@ -4,11 +4,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambakit.data import Tokenizer
 from mambakit.models import LMOutput, MambaLM, ModelState
+from mambakit.ops._packing import arrange
 
 from .bookmark import Bookmark
 
@@ -87,6 +88,31 @@ def _check_ids(model: MambaLM, rows: Rows) -> None:
         raise ValueError(
             f"generate: tokens must be in [0, {vocab_size}), got {low if low < 0 else high}"
         )
+
+
+def without_padding(
+    tokens: Int[Tensor, "b l"],
+    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None,
+    lengths: Int[Tensor, " b"] | None,
+) -> Tensor | Rows:
+    """Return the tokens of each row that are no padding; without mask and lengths, all.
+
+    Raises:
+        ValueError: Both are given, or the one that is does not fit, as the operations say.
+
+    Example:
+        >>> tokens = torch.tensor([[0, 0, 5], [6, 7, 8]])
+        >>> without_padding(tokens, torch.tensor([[0, 0, 1], [1, 1, 1]]), None)
+        [tensor([5]), tensor([6, 7, 8])]
+    """
+    if tokens.ndim != 2:
+        return tokens  # ``as_rows`` says what is wrong with them
+    b, l = tokens.shape
+    _, packing = arrange("generate", b, l, tokens.device, None, lengths, attention_mask)
+    if packing is None:
+        return tokens
+    kept = tokens.flatten().index_select(0, packing.places)
+    return list(kept.split(packing.cu_seqlens.diff().tolist()))
 
 
 def begin(

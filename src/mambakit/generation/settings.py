@@ -1,7 +1,7 @@
 """Checks of what callers ask for, and its assembly into a decoder."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Int
@@ -12,6 +12,7 @@ from mambakit.models import MambaLM, ModelState
 
 from .bookmark import Bookmark
 from .chance import row_keys
+from .cpu_step import Weights
 from .engine import Decoding, LogitsProcessor, Plan
 from .prompts import Rows, as_rows, begin
 from .sampling import SamplingRules, is_whole
@@ -52,6 +53,7 @@ def prepare(
     state: ModelState | Bookmark | None = None,
     draft: MambaLM | None = None,
     draft_tokens: int = 4,
+    weights: Weights | None = None,
     alternatives: int = 0,
     score: bool = False,
     keep_states: bool = False,
@@ -60,6 +62,7 @@ def prepare(
 
     Raises:
         ValueError: As ``complete``.
+        RuntimeError: As ``complete``.
     """
     rules = SamplingRules(temperature, top_k, top_p, min_p, repetition_penalty)
     rows = None if prompts is None else as_rows(model, prompts, tokenizer)
@@ -71,6 +74,7 @@ def prepare(
             "generate: samples must be 1 with temperature 0, where all are equal, "
             f"got {samples}"
         )
+    check_weights(weights)
     check_tokenizer(tokenizer)
     if tokenizer is None and (stop or on_text is not None):
         raise ValueError("generate: tokenizer must be given with stop or on_text")
@@ -99,9 +103,11 @@ def prepare(
     what = (rows, before, samples, plan, keys, stopping)
     decoder: Decoding | Speculation
     if draft is None:
-        decoder = Decoding(model, *what, keep_states=keep_states)
+        decoder = Decoding(model, *what, weights=weights, keep_states=keep_states)
     else:
-        decoder = Speculation(model, draft, draft_tokens, *what, keep_states=keep_states)
+        decoder = Speculation(
+            model, draft, draft_tokens, *what, weights=weights, keep_states=keep_states
+        )
     return Run(decoder, stopping, plan, rows, count)
 
 
@@ -110,6 +116,15 @@ def check_count(name: str, value: object, least: int) -> None:
     if not is_whole(value) or value < least:
         raise ValueError(
             f"generate: {name} must be a whole number of at least {least}, got {value!r}"
+        )
+
+
+def check_weights(weights: object) -> None:
+    """Refuse what is no name of rounded weights."""
+    names = get_args(Weights)
+    if weights is not None and weights not in names:
+        raise ValueError(
+            f"generate: weights must be None or one of {', '.join(names)}, got {weights!r}"
         )
 
 

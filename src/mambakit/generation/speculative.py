@@ -9,11 +9,12 @@ from torch import Tensor
 from mambakit.models import MambaLM, ModelState
 
 from .chance import RowChance
+from .cpu_step import Weights
 from .engine import Chosen, Plan, is_scored, mark_seen, require_scored
 from .history import StateHistory
 from .prompts import Rows
 from .sampling import SamplingRules, is_whole, pick
-from .stepping import stepper
+from .stepping import reader, stepper
 from .stopping import FinishReason, Stopping
 
 # A pass over more tokens than these costs more than one of its own to bring the state forward.
@@ -69,9 +70,10 @@ class Speculation:
 
     Each round the draft proposes some tokens, the model reads them all in one pass, and the
     first of them are accepted. The draft's state then goes back to the last accepted token, out
-    of a history. The model's state only moves over tokens that are final: those accepted since
-    are read again in the next pass, along with its proposals, so that a round always reads the
-    weights once.
+    of a history. The model's goes back where the pass has left the states after all tokens.
+    Where it has left the last alone, the model's state only moves over tokens that are final:
+    those accepted since are read again in the next pass, along with its proposals. So a round
+    always reads the weights once.
 
     Args:
         model: The language model.
@@ -98,6 +100,7 @@ class Speculation:
         keys: Sequence[tuple[int, int]],
         stopping: Stopping,
         *,
+        weights: Weights | None,
         keep_states: bool,
     ) -> None:
         if not isinstance(draft, MambaLM):
@@ -120,7 +123,9 @@ class Speculation:
         self.proposed = self.accepted = 0
         self._model = model
         self._draft = draft
-        self._guess = stepper(draft)
+        self._guess = stepper(draft, weights)
+        self._reread = reader(draft, weights)
+        self._judge = reader(model, weights)
         self._draft_tokens = draft_tokens
         self._prompts = prompts
         self._before = state
@@ -155,8 +160,9 @@ class Speculation:
         while reason is None:
             k = min(self._draft_tokens, left - 1)  # the model's own token comes on top
             proposed, q, history = self._propose(k, row, text, unguessed, draft, chance)
-            out = self._model(torch.cat([unread, proposed])[None], state)
-            logits = out.logits[0, -k - 1 :]
+            passed = torch.cat([unread, proposed])
+            logits, states = self._judge(passed[None], state)
+            logits = logits[0, -k - 1 :]
             p = self._probabilities(row, logits, text, proposed)
             u = torch.cat([chance.draw() for _ in range(k + 1)])
             j, last = judge(p, q, proposed, u)
@@ -170,8 +176,9 @@ class Speculation:
             text = torch.cat([text, new])
             yield Chosen([row] * count, new, *self._plan.report(logits[:count], new))
 
-            if count == k + 1:  # all that the pass has read is final
-                state, unread = out.state, new[-1:]
+            final = len(unread) + count - 1  # of what the pass has read
+            if len(states) == len(passed) or final == len(passed):
+                state, unread = states[min(final, len(states)) - 1], new[-1:]
             else:
                 unread = torch.cat([unread, new])
             if len(unread) > (1 if reason and self._keep_states else _LONGEST_REREAD):
@@ -202,7 +209,8 @@ class Speculation:
             if len(unread) == 1:
                 logits, state = self._guess(unread, state)
             else:
-                logits, state = self._draft(unread[None], state, last_only=True)
+                logits, state = self._reread(unread[None], state)
+                logits, state = logits[:, -1], state[-1]
             history = history.push(state)
             whole = torch.cat([text, proposed])
             q = self._probabilities(row, logits.flatten(0, -2), whole, unread[:0])

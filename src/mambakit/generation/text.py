@@ -34,7 +34,8 @@ def stream_text(
 
     Raises:
         ValueError: As ``complete``, or a stop string is empty, or the tokenizer cannot
-            represent the prompt.
+            represent the prompt, or there is more than one sample.
+        RuntimeError: As ``complete``.
 
     Example:
         >>> from mambakit import MambaConfig, MambaLM
@@ -46,6 +47,11 @@ def stream_text(
         ... )[0]
         True
     """
+    if settings.get("samples", 1) != 1:
+        raise ValueError(
+            "generate: samples must be 1 for one stream of text, "
+            f"got {settings['samples']!r}: stream_texts tells rows apart"
+        )
     pieces = stream_texts(
         model, tokenizer, [prompt], max_new_tokens=max_new_tokens, stop=stop, **settings
     )
@@ -68,6 +74,7 @@ def stream_texts(
 
     Raises:
         ValueError: As ``generate_text``.
+        RuntimeError: As ``complete``.
 
     Example:
         >>> from mambakit import MambaConfig, MambaLM
@@ -119,6 +126,7 @@ def generate_text(
     Raises:
         ValueError: As ``complete``, or a stop string is empty, or the tokenizer cannot
             represent a prompt.
+        RuntimeError: As ``complete``.
 
     Example:
         >>> from mambakit import MambaConfig, MambaLM

@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from mambakit import MambaConfig, MambaLM
-from mambakit.generation.cpu_step import CPUStep, library as step_library, refusal, rounded
+from mambakit.generation.cpu_step import (
+    CPUStep,
+    library as step_library,
+    refusal,
+    rounded,
+    step as step_module,
+)
 from mambakit.models import ModelState
 from mambakit.modules import MixerState, RMSNorm
 from mambakit.ops import _native
@@ -96,6 +104,24 @@ def test_step_and_forward_take_turns(make_model, draw):
     assert_same_state(state, wanted.state)
 
 
+@pytest.mark.parametrize("weights", [None, "bf16", "int8"])
+@pytest.mark.parametrize("name", SIZES)
+def test_a_few_tokens_read_at_once_are_as_many_steps(library, make_model, draw, name, weights):
+    model = make_model(**SIZES[name])
+    step = CPUStep(model, weights)
+    for b, l in ((1, 6), (2, 3), (1, 1)) if name != "wide" else ((2, 7),):
+        tokens = draw(b, l)
+        for before in (None, model(draw(b, 3)).state):
+            logits, states = step.read(tokens, before)
+            assert len(states) == b * l
+            state = before
+            for t in range(l):
+                after = step(tokens[:, t], state)
+                rows = [i * l + t for i in range(b)]
+                assert_equal_outputs(type(after)(logits[:, t], states[rows]), after)
+                state = after.state
+
+
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_a_hundred_tokens_later_it_is_still_the_forward(make_model, draw, weights):
     model = make_model()
@@ -138,7 +164,7 @@ def test_the_number_of_threads_changes_no_bit(library, make_model, draw, weights
 
 # The child computes with the step alone: torch's own threads do not survive a fork.
 FORKED = """
-import os, sys, torch
+import os, signal, sys, time, torch
 from mambakit import MambaConfig, MambaLM
 from mambakit.generation.cpu_step import CPUStep
 torch.set_num_threads(2)
@@ -148,14 +174,21 @@ before = step(tokens).logits.tolist()
 child = os.fork()
 if child == 0:
     os._exit(0 if step(tokens).logits.tolist() == before else 1)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+# Looks are counted, not seconds: a machine that is held up holds up parent and child alike.
+for _ in range(1200):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        sys.exit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.05)
+os.kill(child, signal.SIGKILL)
+sys.exit("the child waits for ever")
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_runs_it_on_threads_of_its_own():
     done = subprocess.run(
-        [sys.executable, "-c", FORKED], timeout=120, check=False, capture_output=True, text=True
+        [sys.executable, "-c", FORKED], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
@@ -199,10 +232,37 @@ def test_rows_of_a_state_may_be_gathered_and_forked(make_model, draw):
     assert torch.equal(logits, whole.logits[:1].expand(3, -1))
 
 
+def test_a_rounded_copy_is_made_once_and_lives_as_long_as_its_model(make_model, monkeypatch):
+    made = []
+    pack = step_module.PackedModel
+    monkeypatch.setattr(step_module, "PackedModel", lambda *a: made.append(a[1:]) or pack(*a))
+    model = make_model()
+    for weights in ("int8", "int8", "bf16", "int8"):
+        CPUStep(model, weights)
+    assert made == [("int8",), ("bf16",)]
+    assert model in step_module._copies
+    gone = weakref.ref(model)
+    made.clear()
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_new_step_sees_what_was_written_past_the_count_of_changes(make_model, draw):
+    model, tokens = make_model(), draw(1, 1)[:, 0]
+    before = CPUStep(model, "int8")(tokens).logits
+    model.backbone.norm_f.weight.data[3] += 1
+    after = CPUStep(model, "int8")(tokens).logits
+    assert torch.equal(after, CPUStep(copy.deepcopy(model), "int8")(tokens).logits)
+    assert not torch.equal(after, before)
+
+
 def test_no_sequences_are_no_work(make_model, draw):
     logits, state = CPUStep(make_model())(draw(0, 1)[:, 0])
     assert logits.shape == (0, 264)
     assert len(state) == 0
+    logits, states = CPUStep(make_model()).read(draw(3, 0))
+    assert (logits.shape, len(states)) == ((3, 0, 264), 0)
 
 
 def test_tokens_may_be_int32(make_model, draw):
@@ -404,6 +464,12 @@ def test_gradients_are_refused(make_model, draw):
 def test_wrong_tokens_are_one_sentence(make_model, tokens, message):
     with pytest.raises(ValueError, match=f"^CPUStep: .*{message}"):
         CPUStep(make_model())(tokens)
+
+
+@pytest.mark.refuses
+def test_tokens_to_read_at_once_are_a_matrix(make_model, draw):
+    with pytest.raises(ValueError, match=r"shape \(b, l\), got int64 of shape \(2,\)"):
+        CPUStep(make_model()).read(draw(2, 1)[:, 0])
 
 
 @pytest.mark.refuses

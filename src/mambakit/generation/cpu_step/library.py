@@ -65,7 +65,7 @@ class StepModel(ctypes.Structure):
 
 
 class StepCall(ctypes.Structure):
-    """One token's input and output; see ``step.cpp``."""
+    """The input and output of a few tokens; see ``step.cpp``."""
 
     _fields_ = (
         ("b", _int),
@@ -77,6 +77,7 @@ class StepCall(ctypes.Structure):
         ("new_ssm", _pointer),
         ("logits", _pointer),
         ("scratch", _pointer),
+        ("l", _int),
     )
 
 

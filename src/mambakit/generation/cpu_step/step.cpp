@@ -1,5 +1,5 @@
-// One token of a Mamba language model for a few sequences, from its vector to the logits, in one
-// call. Plain C interface.
+// One token of a Mamba language model for a few sequences, or a few tokens of each, from their
+// vectors to the logits, in one call. Plain C interface.
 //
 //     h = gain x / rms(x) ;  u, z = in_proj h ;  u = silu(conv(u)) ;  dt, B, C = x_proj u
 //     s = exp(dt A) s + dt B u ;  x += out_proj ((C . s + D u) silu(z))
@@ -13,6 +13,9 @@
 //   x_proj
 //   scan       dt_proj, softplus, the states, the gate
 //   out_proj   and the sum into the stream x
+//
+// Tokens of one sequence lie in succession, and each goes on from the state that the one before it
+// leaves: where the matrices are concerned, they are as good as tokens of other sequences.
 //
 // What a thread needs before its first chunk of a phase (the normalised vectors, for instance)
 // each thread computes for itself: that costs less than another phase.
@@ -66,12 +69,13 @@ struct StepModel {
 };
 
 struct StepCall {
-  int64_t b, threads;
+  int64_t b, threads;                        // tokens of all sequences
   float* x;                                  // (b, m), used up
-  const float *const *conv, *const *ssm;     // for each layer (b, w - 1, d), (b, d, n)
+  const float *const *conv, *const *ssm;     // for each layer (b / l, w - 1, d), (b / l, d, n)
   float *new_conv, *new_ssm;                 // (layers, b, w - 1, d), (layers, b, d, n)
   float* logits;                             // (b, rows of the head)
   float* scratch;
+  int64_t l;                                 // tokens of one sequence
 };
 
 namespace {
@@ -295,11 +299,18 @@ class Token {
         });
   }
 
+  // One part of the state that token j goes on from, of so many floats; null if there is none.
+  const float* before(const float* const* first, const float* made, int64_t index, int64_t j,
+                      int64_t size) const {
+    if (j % call_.l != 0) return made + (index * b_ + j - 1) * size;
+    return first ? first[index] + j / call_.l * size : nullptr;
+  }
+
   // u = silu(conv(u)) for some channels.
   void convolve(const StepLayer& layer, int64_t index, int64_t begin, int64_t end) {
     const int64_t past = model_.w - 1;
     for (int64_t j = 0; j < b_; ++j) {
-      const float* old = call_.conv ? call_.conv[index] + j * past * d_ : nullptr;
+      const float* old = before(call_.conv, call_.new_conv, index, j, past * d_);
       float* kept = call_.new_conv + (index * b_ + j) * past * d_;
       float* u = u_ + j * inner_;
       for (int64_t c = begin; c < end; c += width) {
@@ -385,7 +396,8 @@ class Token {
     store(steps, dt);
     store(inputs, dt * u);
 
-    const float* old = call_.ssm ? call_.ssm[index] + (j * d_ + c) * n_ : nullptr;
+    const float* old = before(call_.ssm, call_.new_ssm, index, j, d_ * n_);
+    if (old) old += c * n_;
     float* kept = call_.new_ssm + ((index * b_ + j) * d_ + c) * n_;
     const float* A = layer.A + c * n_;
     Vec<float> sum[width] = {};

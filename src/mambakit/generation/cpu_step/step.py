@@ -1,10 +1,11 @@
-"""One token of a language model on a CPU, in one call of the compiled library."""
+"""One token of a language model on a CPU, or a few, in one call of the compiled library."""
 
 import ctypes
 import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,9 @@ class CPUStep:
 
     Each call looks whether the parameters are still those that were packed, and packs them
     again if an optimiser, ``load_state_dict`` or an assignment has changed them. A change
-    through ``parameter.data[...] = ...``, which PyTorch does not count, is not seen.
+    through ``parameter.data[...] = ...``, which PyTorch does not count, is not seen by a step
+    that is there already, but by a new one. What is rounded is kept as long as the model lives,
+    for all of its steps.
 
     Raises:
         ValueError: There are no such ``weights``.
@@ -145,8 +148,10 @@ class CPUStep:
         if why is not None:
             raise RuntimeError(f"CPUStep: it cannot stand for this model: {why}")
         self._library = step_library()
-        self._seen = _Seen(self._model)
-        self._packed = PackedModel(self._model, self._weights)
+        if self._weights is None:
+            self._seen, self._packed = _Seen(self._model), PackedModel(self._model, None)
+        else:
+            self._seen, self._packed = _rounded_copy(self._model, self._weights)
 
     @property
     def nbytes(self) -> int:
@@ -172,15 +177,53 @@ class CPUStep:
             RuntimeError: Gradients are asked for, or the model has become one that the step
                 cannot stand for.
         """
+        self._check_tokens(tokens, "(b,)")
+        return self._compute(tokens[:, None], state)
+
+    def read(self, tokens: Int[Tensor, "b l"], state: ModelState | None = None) -> StepOutput:
+        """Return the logits after each of a few tokens, and the states after each of them.
+
+            logits, states = step.read(tokens, state)
+
+        is a call of the step for each column of ``tokens``, bit for bit, but reads each weight
+        once. Meant for few tokens: all their states are kept.
+
+        Args:
+            tokens: Token ids, int64 or int32, each in ``[0, vocab_size)``, and l at least 1.
+            state: As in a call.
+
+        Returns:
+            ``logits`` (b, l, v), and states of b l sequences: that after token ``t`` of
+            sequence ``i`` is number ``i l + t``.
+
+        Raises:
+            ValueError: As in a call.
+            RuntimeError: As in a call.
+
+        Example:
+            >>> from mambakit import MambaConfig
+            >>> model = MambaLM(MambaConfig(d_model=16, n_layer=2, vocab_size=32))
+            >>> tokens = torch.randint(32, (1, 6))
+            >>> with torch.inference_mode():
+            ...     logits, states = CPUStep(model).read(tokens)
+            ...     again = model(tokens[:, 4:], states[3]).logits
+            ...     torch.testing.assert_close(logits[:, 4:], again)
+        """
+        self._check_tokens(tokens, "(b, l)")
+        logits, states = self._compute(tokens, state)
+        return StepOutput(logits.unflatten(0, tokens.shape), states)
+
+    def _compute(self, tokens: Tensor, state: ModelState | None) -> StepOutput:
+        """Return the logits (b l, v) and the states after the tokens (b, l)."""
         if self._seen.has_changed():
             self._pack()
-        self._check_tokens(tokens)
         if torch.is_grad_enabled() and self._seen.requires_grad():
             raise RuntimeError(_NO_GRADIENTS)
         model, config = self._packed.model, self._model.config
-        b, n_layer, d, past = len(tokens), config.n_layer, config.d_inner, config.d_conv - 1
+        n_layer, d, past = config.n_layer, config.d_inner, config.d_conv - 1
         before: tuple[Any, Any] = (None, None)
         if state is not None:
+            b = len(tokens)
             newest, places_of_newest = self._newest
             if state is newest() and len(state) == b:
                 conv_before, ssm_before = places_of_newest
@@ -191,6 +234,9 @@ class CPUStep:
             places = ctypes.c_void_p * n_layer
             before = places(*conv_before), places(*ssm_before)
 
+        l = tokens.shape[1]
+        tokens = tokens.flatten()
+        b = len(tokens)
         x = F.embedding(tokens, self._model.backbone.embedding.weight.detach()).float()
         conv = torch.empty(n_layer, b, past, d)
         ssm = torch.empty(n_layer, b, d, config.d_state)
@@ -209,6 +255,7 @@ class CPUStep:
                     ssm.data_ptr(),
                     logits.data_ptr(),
                     scratch.data_ptr(),
+                    l,
                 ),
             )
         layers = map(MixerState, conv.transpose(2, 3).unbind(), ssm.unbind())
@@ -217,18 +264,18 @@ class CPUStep:
         self._newest = weakref.ref(state), (_layers_of(conv), _layers_of(ssm))
         return StepOutput(logits, state)
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def _check_tokens(self, tokens: Tensor, shape: str) -> None:
         if not isinstance(tokens, Tensor):
             raise ValueError(f"CPUStep: tokens must be a tensor, got {type(tokens).__name__}")
-        if tokens.ndim != 1 or tokens.dtype not in (torch.int64, torch.int32):
+        if tokens.ndim != len(shape.split()) or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"CPUStep: tokens must be int64 or int32 of shape (b,), "
+                f"CPUStep: tokens must be int64 or int32 of shape {shape}, "
                 f"got {str(tokens.dtype).removeprefix('torch.')} of shape {tuple(tokens.shape)}"
             )
         if not tokens.is_cpu:
             raise ValueError(f"CPUStep: tokens must be on the CPU, got {tokens.device}")
         vocab_size = self._model.config.vocab_size
-        for token in tokens.tolist():
+        for token in tokens.flatten().tolist():
             if not 0 <= token < vocab_size:
                 raise ValueError(f"CPUStep: tokens must be in [0, {vocab_size}), got {token}")
 
@@ -266,6 +313,37 @@ class _Seen:
     def requires_grad(self) -> bool:
         """Say whether any parameter does."""
         return any(parameter.requires_grad for parameter in self._parameters)
+
+
+class _Copy(NamedTuple):
+    """A rounded copy, and what it was made from. It does not hold on to the model itself."""
+
+    seen: _Seen
+    sums: list[int]
+    packed: PackedModel
+
+
+_copies: WeakKeyDictionary[MambaLM, dict[Weights, _Copy]] = WeakKeyDictionary()
+
+
+def _rounded_copy(model: MambaLM, weights: Weights) -> tuple[_Seen, PackedModel]:
+    """Return the copy that the model has, or make it, which takes as long as tens of tokens."""
+    sums = [_sum_of_bits(parameter) for parameter in model.parameters()]
+    kept = _copies.setdefault(model, {})
+    copy = kept.get(weights)
+    if copy is None or copy.seen.has_changed() or copy.sums != sums:
+        kept[weights] = copy = _Copy(_Seen(model), sums, PackedModel(model, weights))
+    return copy.seen, copy.packed
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Return a number that changes with any one change of a tensor, at the speed of memory."""
+    flat = tensor.detach().flatten()
+    if flat.storage_offset() * flat.itemsize % 8:
+        flat = flat.clone()
+    flat = flat.view(torch.uint8)
+    whole = len(flat) // 8 * 8
+    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
 
 
 def _check_state(

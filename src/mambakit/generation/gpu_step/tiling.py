@@ -1,0 +1,118 @@
+"""How the products of a step are cut into blocks, and how many sequences a graph has room for.
+
+All of it depends on sizes alone. The rates are an H200's, and only their proportions matter.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+# Bytes a second: of memory, of the cache that all multiprocessors share, into one of them; and
+# into one block, of a matrix that comes from memory.
+_MEMORY, _CACHE, _PROCESSOR, _BLOCK = 4.3e12, 6.5e12, 9e10, 4.5e10
+# Bytes of shared memory for a block: two of them, or one of each of two kernels, run at once.
+_SHARED, _RESIDENT = 100 * 1024, 2
+_MOST_STAGES = 8
+_WARPS = 8
+
+# Room for sequences: a graph of the next size takes those that there are.
+_ROOMS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
+
+
+def room(b: int) -> int:
+    """Return for how many sequences a graph is made that is to take ``b`` of them.
+
+    Example:
+        >>> room(5), room(128), room(129)
+        (8, 128, 256)
+    """
+    return next((size for size in _ROOMS if size >= b), math.ceil(b / 128) * 128)
+
+
+def group(b: int, n: int) -> int:
+    """Return how many sequences a block of the scan has: as many as fit its registers."""
+    return 1 << min(b, 4, max(1, 64 // n)).bit_length() - 1
+
+
+class Tiling(NamedTuple):
+    """How a block has its part of a product; ``product.cu`` says what the words mean."""
+
+    rows: int
+    columns: int
+    stages: int
+    span: int
+    spans: int
+    shared_bytes: int
+
+    def grid(self, rows: int, b: int) -> tuple[int, int, int]:
+        """Return how many blocks there are."""
+        return math.ceil(rows / self.rows), math.ceil(b / self.columns), self.spans
+
+
+@cache
+def tile(
+    rows: int,
+    columns: int,
+    b: int,
+    weight_bytes: int,
+    factor_bytes: int,
+    processors: int,
+    readers: int,
+) -> Tiling:
+    """Choose the tiling that should be fastest.
+
+    Args:
+        rows: Rows of the matrix.
+        columns: Its columns, which each sum is over.
+        b: Vectors.
+        weight_bytes: Bytes of a weight.
+        factor_bytes: Bytes of a vector's number.
+        processors: Multiprocessors of the GPU.
+        readers: How often each sum is read if sums are over spans of columns, to be added up
+            later; 0 allows one span alone.
+    """
+    memory = rows * columns * weight_bytes / _MEMORY
+    best = None
+    for block_rows in (64, 32, 16):
+        for block_columns in (8, 16, 32, 64, 128):
+            if block_columns > 8 and block_columns >= 2 * b:
+                continue  # half of the columns would be empty
+            if factor_bytes == 4 and block_columns > 16:
+                continue
+            step, stage = _step(block_rows, block_columns, weight_bytes, factor_bytes)
+            for wanted in (1, 2, 3, 4, 6, 8) if readers else (1,):
+                span = math.ceil(columns / wanted / step) * step
+                spans = math.ceil(columns / span)
+                blocks = math.ceil(rows / block_rows) * math.ceil(b / block_columns) * spans
+                matrix = span * block_rows * weight_bytes
+                vectors = span * min(b, block_columns) * factor_bytes
+                turns = math.ceil(blocks / processors)
+                waves = math.ceil(blocks / (_RESIDENT * processors))
+                sums = 4 * spans * b * rows * (1 + readers) / _CACHE if readers else 0.0
+                cost = sums + max(
+                    memory,
+                    blocks * (matrix + vectors) / _CACHE,
+                    turns * (matrix + vectors) / _PROCESSOR,
+                    waves * (matrix / _BLOCK + vectors / _PROCESSOR),
+                )
+                if best is None or cost < 0.98 * best[0]:
+                    stages = min(_MOST_STAGES, _SHARED // stage, math.ceil(span / step) + 1)
+                    stages = max(2, stages)
+                    slices = _slices(block_rows, block_columns)
+                    shared = max(stages * stage, 4 * slices * block_columns * (block_rows + 4))
+                    found = (block_rows, block_columns, stages, span, spans, shared)
+                    best = cost, Tiling(*found)
+    assert best is not None
+    return best[1]
+
+
+def _slices(rows: int, columns: int) -> int:
+    """Return in how many slices the warps share a step, as ``product.cu`` has them."""
+    wide = 2 if columns == 128 and rows > 16 else 1
+    return _WARPS // (wide * (rows // (16 * wide)))
+
+
+def _step(rows: int, columns: int, weight_bytes: int, factor_bytes: int) -> tuple[int, int]:
+    """Return the columns of the matrix in a step, and the bytes of a stage."""
+    step = _slices(rows, columns) * 64 // weight_bytes
+    return step, step * (rows * weight_bytes + columns * factor_bytes)

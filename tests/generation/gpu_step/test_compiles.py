@@ -1,0 +1,60 @@
+"""The kernels of published sizes compile, without spills, for every GPU. None is needed."""
+
+import re
+
+import pytest
+import torch
+
+from mambakit.generation.gpu_step.launches import Sizes, specialisations
+from mambakit.generation.gpu_step.packing import factor
+from mambakit.ops import _cuda
+
+PROCESSORS = 132
+VOCABULARY = 50280
+
+try:
+    _cuda.version()
+except RuntimeError as error:
+    _MISSING = str(error)
+else:
+    _MISSING = ""
+
+# Width, inner channels, states, rank: the published sizes, and FalconMamba 7B's.
+MODELS = {
+    "130M": (768, 1536, 16, 48),
+    "1.4B": (2048, 4096, 16, 128),
+    "2.8B": (2560, 5120, 16, 160),
+    "7B": (4096, 8192, 16, 256),
+}
+SHORT, INT8, LONG = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.int8),
+    (torch.float32, torch.float32),
+)
+
+
+def compilations():
+    """1.4B in all dtypes; the other sizes and architectures in bfloat16."""
+    wanted = [("sm_90", "1.4B", kind, b) for kind in (SHORT, INT8, LONG) for b in (1, 16, 128)]
+    wanted += [("sm_90", model, SHORT, 64) for model in ("130M", "2.8B", "7B")]
+    wanted += [(arch, "1.4B", SHORT, b) for arch in ("sm_80", "sm_100") for b in (1, 128)]
+    seen = set()
+    for arch, model, (dtype, storage), b in wanted:
+        m, d, n, r = MODELS[model]
+        sizes = Sizes(dtype, storage, factor(dtype, storage), m, n, r, 4)
+        for build in specialisations(sizes, d, VOCABULARY, b, PROCESSORS):
+            if (arch, build) not in seen:
+                seen.add((arch, build))
+                source, defines = build
+                name = "-".join((source.stem, *(value for _, value in defines)))
+                yield pytest.param(*build, arch, id=f"{arch}-{name}")
+
+
+@pytest.mark.skipif(bool(_MISSING), reason=_MISSING)
+@pytest.mark.parametrize(("source", "defines", "arch"), list(compilations()))
+def test_compiles_without_spills(source, defines, arch):
+    compiled = _cuda.compile_with_log(source, defines, arch)
+    assert compiled.cubin[:4] == b"\x7fELF"
+    spilled = re.findall(r"(\d+) bytes spill stores", compiled.log)
+    assert spilled
+    assert not any(map(int, spilled))

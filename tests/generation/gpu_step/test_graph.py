@@ -1,0 +1,84 @@
+"""A graph is captured, launched and given back; the driver is made up."""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+
+from mambakit.generation.gpu_step.graph import Graph
+
+STREAM = 7
+
+
+@pytest.fixture
+def driver(monkeypatch, chosen_device):
+    """A driver that notes what it is asked, and a torch that knows a stream."""
+    if chosen_device.type == "cuda":
+        pytest.skip("there is a driver, which the other tests ask")
+    driver = pytest.importorskip("cuda.bindings.driver")
+    good = driver.CUresult.CUDA_SUCCESS
+    noted = {"calls": [], "status": dict.fromkeys(("end", "instantiate", "launch"), good)}
+
+    def note(name, *values):
+        def call(*arguments):
+            noted["calls"].append((name, *map(int, arguments)))
+            return (noted["status"].get(name, good), *values)
+
+        return call
+
+    class Stream:
+        cuda_stream = STREAM
+
+    monkeypatch.setattr(driver, "cuStreamBeginCapture", note("begin"))
+    monkeypatch.setattr(driver, "cuStreamEndCapture", note("end", 11))
+    monkeypatch.setattr(driver, "cuGraphInstantiate", note("instantiate", 12))
+    monkeypatch.setattr(driver, "cuGraphDestroy", note("destroy"))
+    monkeypatch.setattr(driver, "cuGraphLaunch", note("launch"))
+    monkeypatch.setattr(driver, "cuGraphExecDestroy", note("give back"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", note("wait"))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch, "device", lambda index: index)
+    return noted
+
+
+def test_a_graph_is_captured_launched_and_given_back(driver):
+    graph = Graph(0, lambda: driver["calls"].append("queued"))
+    thread_local = 1
+    captured = [("begin", STREAM, thread_local), "queued", ("end", STREAM)]
+    assert driver["calls"] == [*captured, ("instantiate", 11, 0), ("destroy", 11)]
+    driver["calls"].clear()
+    graph.launch()
+    graph.launch()
+    assert driver["calls"] == [("launch", 12, STREAM)] * 2
+    driver["calls"].clear()
+    del graph
+    gc.collect()
+    assert driver["calls"] == [("wait", 0), ("give back", 12)]
+
+
+def test_what_the_driver_refuses_is_told(driver):
+    from cuda.bindings.driver import CUresult
+
+    refused = CUresult.CUDA_ERROR_INVALID_VALUE
+    for name, sentence in (
+        ("end", "end a graph"),
+        ("instantiate", "make a graph"),
+        ("launch", "launch a graph"),
+    ):
+        driver["status"][name] = refused
+        with pytest.raises(RuntimeError, match=f"could not {sentence}: CUDA_ERROR_INVALID"):
+            Graph(0, lambda: None).launch()
+        driver["status"][name] = CUresult.CUDA_SUCCESS
+
+
+def test_what_fails_while_it_is_queued_ends_the_capture(driver):
+    def fail():
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        Graph(0, fail)
+    assert [call[0] for call in driver["calls"]] == ["begin", "end"]
