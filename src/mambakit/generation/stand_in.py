@@ -106,17 +106,19 @@ def no_gradients(step: str) -> str:
     )
 
 
-def check_tokens(step: str, tokens: Tensor, device: torch.device) -> None:
+def check_tokens(step: str, tokens: Tensor, device: torch.device, shape: str = "(b,)") -> None:
     """Refuse what are no tokens of a batch on the step's device.
+
+    ``shape`` is that of the tokens in words, an axis in each.
 
     Raises:
         ValueError: They are something else.
     """
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{step}: tokens must be a tensor, got {type(tokens).__name__}")
-    if tokens.ndim != 1 or tokens.dtype not in (torch.int64, torch.int32):
+    if tokens.ndim != len(shape.split()) or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"{step}: tokens must be int64 or int32 of shape (b,), "
+            f"{step}: tokens must be int64 or int32 of shape {shape}, "
             f"got {str(tokens.dtype).removeprefix('torch.')} of shape {tuple(tokens.shape)}"
         )
     if tokens.device != device:

@@ -458,7 +458,7 @@ def test_gradients_are_refused(make_model, draw):
         (torch.ones(2), "int64 or int32 of shape"),
         (torch.tensor([3, 257]), r"tokens must be in \[0, 257\), got 257"),
         (torch.tensor([-1]), r"tokens must be in \[0, 257\), got -1"),
-        (torch.ones(2, dtype=torch.int64, device="meta"), "tokens must be on the CPU"),
+        (torch.ones(2, dtype=torch.int64, device="meta"), "tokens must be on cpu"),
     ],
 )
 def test_wrong_tokens_are_one_sentence(make_model, tokens, message):
@@ -482,7 +482,7 @@ def test_wrong_states_are_one_sentence(make_model, draw):
         (ModelState(state.layers[:1]), "state must have 2 layers, got 1"),
         (state[:1], r"state must have conv of \(2, 48, 3\) in layer 0, got \(1, 48, 3\)"),
         (make_model(d_state=3)(tokens[:, None]).state, r"state must have ssm of \(2, 48, 16\)"),
-        (state.to(device="meta"), "state must be on the CPU, got meta"),
+        (state.to(device="meta"), "state must be on cpu, got meta"),
     ):
         with pytest.raises(ValueError, match=f"^CPUStep: {message}"):
             step(tokens, wrong)

@@ -1,7 +1,6 @@
 """One token of a language model on a CPU, or a few, in one call of the compiled library."""
 
 import ctypes
-import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
@@ -13,29 +12,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mambakit.models import MambaLM, ModelState
-from mambakit.models.backbone import Backbone
-from mambakit.modules import Block, Linear, Mamba, MixerState, RMSNorm
-from mambakit.modules.mamba import StepProjection
+from mambakit.modules import MixerState
 from mambakit.ops import _native
 
-from .library import STORAGE_CODES, StepCall, step_library
+from ..stand_in import Seen, check_state, check_tokens, no_gradients, refusal_of
+from .library import StepCall, step_library
 from .packing import PackedModel, Weights
 
-# What the step computes in the place of these modules. Anything else has a forward of its own.
-_KNOWN = {
-    MambaLM, Backbone, Block, Mamba, RMSNorm, Linear, StepProjection,
-    nn.Embedding, nn.Conv1d, nn.ModuleList,
-}  # fmt: skip
+_CPU = torch.device("cpu")
 
 # A thread pays when it has at least this many bytes of a layer to read.
 _SHARE = 2**16
-
-_version = operator.attrgetter("_version")
-
-_NO_GRADIENTS = (
-    "CPUStep: it passes no gradients on: call it in torch.inference_mode() or torch.no_grad()"
-)
-
 
 # A state, while it lives, and where its layers lie.
 _Newest = tuple[Callable[[], ModelState | None], tuple[list[int], list[int]]]
@@ -60,37 +47,7 @@ def refusal(model: nn.Module) -> str | None:
     why = _native.unavailable()
     if why is not None:
         return why
-    if not isinstance(model, MambaLM):
-        return f"the model is a {type(model).__name__}, not a MambaLM"
-    for name, module in model.named_modules():
-        if type(module) not in _KNOWN:
-            return f"{name or 'the model'} is a {type(module).__name__}"
-        if _is_changed(module):
-            return f"{name or 'the model'} has hooks or a forward of its own"
-        if isinstance(module, Mamba) and module.backend not in ("auto", "fused"):
-            return f"the model names another backend, {module.backend!r}"
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu":
-            return f"the model is on {parameter.device.type}, not on a CPU"
-        if type(parameter) is not nn.Parameter or parameter.layout != torch.strided:
-            return f"{name} is a {type(parameter).__name__} of layout {parameter.layout}"
-        if parameter.is_inference():
-            return f"{name} was made in inference mode, where changes are not counted"
-    dtypes = {model.lm_head.weight.dtype}
-    dtypes |= {module.weight.dtype for module in model.modules() if isinstance(module, Linear)}
-    if len(dtypes) > 1 or not dtypes <= STORAGE_CODES.keys():
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"the model is in {names}, not in one of float32, bfloat16 and float16"
-    return None
-
-
-def _is_changed(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or any(
-        (
-            module._forward_pre_hooks, module._forward_hooks,
-            module._backward_pre_hooks, module._backward_hooks,
-        )
-    )  # fmt: skip
+    return refusal_of(model, "cpu", "a CPU")
 
 
 class CPUStep:
@@ -149,7 +106,7 @@ class CPUStep:
             raise RuntimeError(f"CPUStep: it cannot stand for this model: {why}")
         self._library = step_library()
         if self._weights is None:
-            self._seen, self._packed = _Seen(self._model), PackedModel(self._model, None)
+            self._seen, self._packed = Seen(self._model), PackedModel(self._model, None)
         else:
             self._seen, self._packed = _rounded_copy(self._model, self._weights)
 
@@ -218,7 +175,7 @@ class CPUStep:
         if self._seen.has_changed():
             self._pack()
         if torch.is_grad_enabled() and self._seen.requires_grad():
-            raise RuntimeError(_NO_GRADIENTS)
+            raise RuntimeError(no_gradients("CPUStep"))
         model, config = self._packed.model, self._model.config
         n_layer, d, past = config.n_layer, config.d_inner, config.d_conv - 1
         before: tuple[Any, Any] = (None, None)
@@ -228,7 +185,9 @@ class CPUStep:
             if state is newest() and len(state) == b:
                 conv_before, ssm_before = places_of_newest
             else:
-                _check_state(state, n_layer, (b, d, past), (b, d, config.d_state))
+                check_state(
+                    "CPUStep", state, n_layer, (b, d, past), (b, d, config.d_state), _CPU
+                )
                 dense = _dense(state)
                 conv_before, ssm_before = ([t.data_ptr() for t in part] for part in dense)
             places = ctypes.c_void_p * n_layer
@@ -265,60 +224,17 @@ class CPUStep:
         return StepOutput(logits, state)
 
     def _check_tokens(self, tokens: Tensor, shape: str) -> None:
-        if not isinstance(tokens, Tensor):
-            raise ValueError(f"CPUStep: tokens must be a tensor, got {type(tokens).__name__}")
-        if tokens.ndim != len(shape.split()) or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"CPUStep: tokens must be int64 or int32 of shape {shape}, "
-                f"got {str(tokens.dtype).removeprefix('torch.')} of shape {tuple(tokens.shape)}"
-            )
-        if not tokens.is_cpu:
-            raise ValueError(f"CPUStep: tokens must be on the CPU, got {tokens.device}")
+        check_tokens("CPUStep", tokens, _CPU, shape)
         vocab_size = self._model.config.vocab_size
         for token in tokens.flatten().tolist():
             if not 0 <= token < vocab_size:
                 raise ValueError(f"CPUStep: tokens must be in [0, {vocab_size}), got {token}")
 
 
-class _Seen:
-    """What a model consisted of when it was looked at, to tell whether that has changed.
-
-    It looks before each token, so its loops are those of ``map``.
-    """
-
-    def __init__(self, model: MambaLM) -> None:
-        places = [
-            (members, name)
-            for module in model.modules()
-            for members in (module._modules, module._parameters)
-            for name in members
-        ]
-        self._members, self._names = zip(*places, strict=True)
-        self._values = self._look()
-        self._parameters = list(model.parameters())
-        self._versions, self._addresses = self._look_inside()
-
-    def _look(self) -> list[Any]:
-        return list(map(dict.get, self._members, self._names))
-
-    def _look_inside(self) -> tuple[list[int], list[int]]:
-        parameters = self._parameters
-        return list(map(_version, parameters)), list(map(Tensor.data_ptr, parameters))
-
-    def has_changed(self) -> bool:
-        """Say whether a module or parameter was exchanged, or a parameter written to."""
-        same = all(map(operator.is_, self._look(), self._values))
-        return not same or self._look_inside() != (self._versions, self._addresses)
-
-    def requires_grad(self) -> bool:
-        """Say whether any parameter does."""
-        return any(parameter.requires_grad for parameter in self._parameters)
-
-
 class _Copy(NamedTuple):
     """A rounded copy, and what it was made from. It does not hold on to the model itself."""
 
-    seen: _Seen
+    seen: Seen
     sums: list[int]
     packed: PackedModel
 
@@ -326,13 +242,13 @@ class _Copy(NamedTuple):
 _copies: WeakKeyDictionary[MambaLM, dict[Weights, _Copy]] = WeakKeyDictionary()
 
 
-def _rounded_copy(model: MambaLM, weights: Weights) -> tuple[_Seen, PackedModel]:
+def _rounded_copy(model: MambaLM, weights: Weights) -> tuple[Seen, PackedModel]:
     """Return the copy that the model has, or make it, which takes as long as tens of tokens."""
     sums = [_sum_of_bits(parameter) for parameter in model.parameters()]
     kept = _copies.setdefault(model, {})
     copy = kept.get(weights)
     if copy is None or copy.seen.has_changed() or copy.sums != sums:
-        kept[weights] = copy = _Copy(_Seen(model), sums, PackedModel(model, weights))
+        kept[weights] = copy = _Copy(Seen(model), sums, PackedModel(model, weights))
     return copy.seen, copy.packed
 
 
@@ -344,31 +260,6 @@ def _sum_of_bits(tensor: Tensor) -> int:
     flat = flat.view(torch.uint8)
     whole = len(flat) // 8 * 8
     return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
-
-
-def _check_state(
-    state: ModelState, n_layer: int, conv: tuple[int, ...], ssm: tuple[int, ...]
-) -> None:
-    if not isinstance(state, ModelState):
-        raise ValueError(
-            f"CPUStep: state must be a ModelState or None, got {type(state).__name__}"
-        )
-    if len(state.layers) != n_layer:
-        raise ValueError(
-            f"CPUStep: state must have {n_layer} layers, got {len(state.layers)}: it is "
-            "another model's"
-        )
-    for i, layer in enumerate(state.layers):
-        for name, tensor, shape in (("conv", layer.conv, conv), ("ssm", layer.ssm, ssm)):
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"CPUStep: state must have {name} of {shape} in layer {i}, "
-                    f"got {tuple(tensor.shape)}"
-                )
-            if not tensor.is_cpu:
-                raise ValueError(f"CPUStep: state must be on the CPU, got {tensor.device}")
-            if tensor.requires_grad and torch.is_grad_enabled():
-                raise RuntimeError(_NO_GRADIENTS)
 
 
 def _dense(state: ModelState) -> tuple[list[Tensor], list[Tensor]]:
