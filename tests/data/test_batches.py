@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from mambakit.data import ContinuingBatches, PackedBatches
 from mambakit.data.batches import NO_TARGET
@@ -149,7 +149,9 @@ def texts_of_documents(draw):
     ends = np.cumsum(draw(st.lists(st.integers(0, 9), min_size=1, max_size=12)))
     batch_size, length = draw(st.integers(1, 3)), draw(st.integers(1, 7))
     count = max(int(ends[-1]), batch_size * length + 1)
-    return np.array([0, *ends[:-1], count], dtype=np.int64), batch_size, length
+    documents = np.array([0, *ends[:-1], count], dtype=np.int64)
+    assume(np.any(np.diff(documents) > 1))
+    return documents, batch_size, length
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,3 +182,10 @@ def test_boundaries_of_another_text_are_refused(kind, documents):
         ValueError, match=f"{kind.__name__}: documents must be .* 0 to 100, the"
     ):
         kind(np.arange(100), batch_size=2, length=8, seed=0, documents=documents)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_without_a_target_are_refused(kind):
+    sizes, single = {"batch_size": 2, "length": 8, "seed": 0}, np.arange(101)
+    with pytest.raises(ValueError, match=r"documents must .* got none in the held"):
+        kind(np.arange(100), **sizes, name="held", documents=single)

@@ -69,6 +69,22 @@ def test_a_draft_changes_no_token(make_model, model, prompts, weights):
     assert 0 < both.acceptance < 1
 
 
+@needs_library
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_a_draft_changes_no_probability(make_model, model, prompts, weights, count):
+    # the first token follows the prompt, which the model reads with its own weights
+    settings = GREEDY | {"max_new_tokens": count, "weights": weights}
+    alone = complete(model, prompts, **settings)
+    both = complete(model, prompts, draft=make_model(V), **settings)
+    assert lists(both.tokens) == lists(alone.tokens)
+    for found, wanted in zip(both.log_probabilities, alone.log_probabilities, strict=True):
+        assert_close(found, wanted)
+    ends = zip(both.bookmark.state.layers, alone.bookmark.state.layers, strict=True)
+    for found, wanted in ends:
+        assert_close(tuple(found), tuple(wanted))
+
+
 @pytest.mark.parametrize("search", [complete, beam_search])
 @pytest.mark.parametrize("weights", ["int4", "", 8, torch.int8, ["int8"]])
 def test_other_weights_are_refused(model, prompts, search, weights):

@@ -1,5 +1,7 @@
 """Laws of rows in which documents begin: packed, each document is read as if it were alone."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -66,3 +68,30 @@ def test_where_nothing_goes_on_there_is_no_state(model):
     state = model(torch.randint(16, (2, 4))).state
     starts = torch.tensor([[1, 0], [1, 1]], device="cpu").bool()
     assert pack_documents(torch.randint(16, (2, 2)), starts, state).state is None
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize(
+    ("shape", "starts", "rows", "message"),
+    [
+        # of ones and zeros as integers, "not a start" would be true of both
+        ((2, 3), torch.zeros(2, 3, dtype=torch.int64), 2,
+         "starts must be bool of the shape (2, 3) of tokens, got int64 of (2, 3)"),
+        ((2, 3), torch.zeros(3, 2, dtype=torch.bool), 2,
+         "starts must be bool of the shape (2, 3) of tokens, got bool of (3, 2)"),
+        ((2, 3), torch.zeros(2, 4, dtype=torch.bool), 2,
+         "starts must be bool of the shape (2, 3) of tokens, got bool of (2, 4)"),
+        ((2, 0), torch.zeros(2, 0, dtype=torch.bool), 2,
+         "tokens must have shape (b, l) with l at least 1, got (2, 0)"),
+        ((3,), torch.zeros(3, dtype=torch.bool), 2,
+         "tokens must have shape (b, l) with l at least 1, got (3,)"),
+        ((2, 3), torch.zeros(2, 3, dtype=torch.bool), 3,
+         "state must hold one sequence for each row, 2, got 3"),
+    ],
+)  # fmt: skip
+def test_what_are_no_rows_of_documents_gets_one_clear_sentence(
+    model, shape, starts, rows, message
+):
+    state = model(torch.randint(16, (rows, 4))).state
+    with pytest.raises(ValueError, match=f"^pack_documents: {re.escape(message)}$"):
+        pack_documents(torch.zeros(shape, dtype=torch.int64), starts, state)

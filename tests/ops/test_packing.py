@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -68,6 +69,21 @@ def test_the_callers_integers_may_be_narrow_and_strided():
     assert cu_seqlens.tolist() == [0, 4, 9]
 
 
+@pytest.mark.parametrize("operation", [selective_scan, causal_conv1d])
+def test_what_becomes_of_the_callers_integers_does_not_reach_the_gradient(backend, operation):
+    memory = np.array([0, 4, 9])
+    x = torch.randn(1, 9, 2, dtype=torch.float64, requires_grad=True)
+    steps, rows = torch.rand_like(x), torch.randn(1, 9, 4, dtype=torch.float64)
+    A = -torch.rand(2, 4, dtype=torch.float64)
+    others = (steps, A, rows, rows) if operation is selective_scan else (A,)
+    y, state = operation(x, *others, cu_seqlens=torch.from_numpy(memory), backend=backend)
+    total = y.square().sum() + state.square().sum()
+    (wanted,) = torch.autograd.grad(total, x, retain_graph=True)
+    memory[1] = 6
+    (found,) = torch.autograd.grad(total, x)
+    assert torch.equal(found, wanted)
+
+
 def call_scan(b, **how):
     x, ones = torch.zeros(b, 9, 3), torch.ones(b, 9, 2)
     return selective_scan(x, x, -torch.ones(3, 2), ones, ones, **how)
@@ -91,6 +107,10 @@ BAD = [
     bad(1, {"cu_seqlens": T([0, 10])}, "cu_seqlens must end at l=9, got 10"),
     bad(1, {"cu_seqlens": T([0.0, 9.0])}, "cu_seqlens must be int32 or int64, got float32"),
     bad(1, {"cu_seqlens": [0, 9]}, "cu_seqlens must be a tensor, got list"),
+    bad(1, {"cu_seqlens": torch.zeros(2, dtype=torch.int64, device="meta")},
+        "cu_seqlens must have values, got a tensor on meta"),
+    bad(1, {"cu_seqlens": T([0, 9]).to_sparse()},
+        "cu_seqlens must be a dense tensor, got layout sparse_coo"),
     bad(1, {"cu_seqlens": T([0])},
         "cu_seqlens must have shape (s+1) with at least one sequence, got (1,)"),
     bad(1, {"cu_seqlens": T([[0, 9]])},
@@ -102,6 +122,8 @@ BAD = [
     bad(2, {"lengths": T([4])}, "lengths must have shape (b=2), got (1,)"),
     bad(2, {"lengths": T([4.0, 4.0])}, "lengths must be int32 or int64, got float32"),
     bad(2, {"lengths": 4}, "lengths must be a tensor, got int"),
+    bad(2, {"lengths": torch.zeros(2, dtype=torch.int64, device="meta")},
+        "lengths must have values, got a tensor on meta"),
     bad(2, {"attention_mask": T([ROW, [1, 0, *ROW[:7]]])},
         "attention_mask must have one run of ones in each row, got 2 runs in row 1"),
     bad(2, {"attention_mask": T([ROW, [0] * 9])},
@@ -113,6 +135,13 @@ BAD = [
     bad(2, {"attention_mask": T([ROW, ROW]).float()},
         "attention_mask must be bool or of integers, got float32"),
     bad(2, {"attention_mask": [ROW, ROW]}, "attention_mask must be a tensor, got list"),
+    bad(2, {"attention_mask": torch.ones(2, 9, dtype=torch.bool, device="meta")},
+        "attention_mask must have values, got a tensor on meta"),
+    bad(2, {"attention_mask": T([ROW, ROW]).to_sparse()},
+        "attention_mask must be a dense tensor, got layout sparse_coo"),
+    bad(2, {"attention_mask": torch.nested.nested_tensor(
+            [T(ROW), T(ROW[:5])], layout=torch.jagged)},
+        "attention_mask must be a dense tensor, got a nested one"),
     bad(1, {"cu_seqlens": T([0, 9]), "lengths": T([9])},
         "lengths must be None where cu_seqlens is given, got both"),
     bad(1, {"lengths": T([9]), "attention_mask": T([ROW])},

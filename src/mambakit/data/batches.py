@@ -97,6 +97,11 @@ class _Epochs(ABC):
                 f"{kind}: documents must be boundaries that rise from 0 to {len(tokens)}, the "
                 f"number of tokens, got {documents}"
             )
+        if documents is not None and not np.any(np.diff(documents) > 1):
+            raise ValueError(
+                f"{kind}: documents must have one of two tokens or more, as the first of a "
+                f"document is no target, got none in the {name} text"
+            )
         # a batch of more windows than the text has would hold some of them several times
         needed = batch_size * length + 1
         if len(tokens) < needed:
@@ -182,7 +187,7 @@ class PackedBatches(_Epochs):
 
     Raises:
         ValueError: The text is shorter than ``batch_size * length + 1`` tokens, a size is
-            below 1, or ``documents`` are no boundaries of the text.
+            below 1, or ``documents`` are no boundaries of the text or leave no target.
 
     Example:
         >>> batches = PackedBatches(np.arange(100), batch_size=2, length=8, seed=0)
@@ -235,7 +240,7 @@ class ContinuingBatches(_Epochs):
 
     Raises:
         ValueError: The text is shorter than ``batch_size * length + 1`` tokens, a size is
-            below 1, or ``documents`` are no boundaries of the text.
+            below 1, or ``documents`` are no boundaries of the text or leave no target.
 
     Example:
         >>> batches = ContinuingBatches(np.arange(100), batch_size=2, length=8, seed=0)

@@ -126,6 +126,7 @@ class Speculation:
         self._guess = stepper(draft, weights)
         self._reread = reader(draft, weights)
         self._judge = reader(model, weights)
+        self._rounds = weights is not None
         self._draft_tokens = draft_tokens
         self._prompts = prompts
         self._before = state
@@ -157,11 +158,15 @@ class Speculation:
         text, unread, unguessed = prompt, prompt[-1:], prompt[-1:]
         left = self._plan.max_new_tokens
         reason: FinishReason | None = None if left else "length"
+        # a prompt is read with the model's own weights, and so is what follows it chosen
+        unrounded = self._rounds
         while reason is None:
-            k = min(self._draft_tokens, left - 1)  # the model's own token comes on top
+            # the model's own token comes on top
+            k = 0 if unrounded else min(self._draft_tokens, left - 1)
             proposed, q, history = self._propose(k, row, text, unguessed, draft, chance)
             passed = torch.cat([unread, proposed])
-            logits, states = self._judge(passed[None], state)
+            judging = self._model if unrounded else self._judge
+            logits, states = judging(passed[None], state)
             logits = logits[0, -k - 1 :]
             p = self._probabilities(row, logits, text, proposed)
             u = torch.cat([chance.draw() for _ in range(k + 1)])
@@ -186,8 +191,10 @@ class Speculation:
                 unread = unread[-1:]
             if reason is None:
                 draft = history.rewind(max(0, k - 1 - j)).state
-                # of its own last proposal the draft has never been asked what follows
-                unguessed = new[-2:] if j == k else new[-1:]
+                # of its own last proposal, or without one of what it was to read first, the
+                # draft has never been asked what follows
+                unguessed = torch.cat([unguessed, new])[-2:] if j == k else new[-1:]
+            unrounded = False
         self._stopping.close(row)
         self.reasons[row] = reason
         if self._keep_states:

@@ -39,6 +39,10 @@ def pack_documents(
             there; elsewhere it is copied.
         state: What came before each row. A row that begins with a document forgets it.
 
+    Raises:
+        ValueError: ``starts`` is not bool or not of the shape of ``tokens``, there is no token
+            in a row, or ``state`` is of another number of sequences than there are rows.
+
     Example:
         >>> from mambakit import MambaConfig, MambaLM
         >>> model = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=32))
@@ -51,6 +55,22 @@ def pack_documents(
         >>> logits = model(tokens, state, cu_seqlens=cu_seqlens).logits.view(2, 5, 32)
         >>> torch.testing.assert_close(logits[:1, 3:], model(rows[:1, 3:]).logits)
     """
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(
+            "pack_documents: tokens must have shape (b, l) with l at least 1, "
+            f"got {tuple(tokens.shape)}"
+        )
+    if starts.dtype != torch.bool or starts.shape != tokens.shape:
+        raise ValueError(
+            "pack_documents: starts must be bool of the shape "
+            f"{tuple(tokens.shape)} of tokens, got "
+            f"{str(starts.dtype).removeprefix('torch.')} of {tuple(starts.shape)}"
+        )
+    if state is not None and len(state) != len(tokens):
+        raise ValueError(
+            f"pack_documents: state must hold one sequence for each row, {len(tokens)}, "
+            f"got {len(state)}"
+        )
     starts = starts.cpu()
     begins = starts.clone()
     begins[:, 0] = True

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mambakit.ops._autograd import any_requires_grad, refuse_tangents, refuse_transforms
+from mambakit.ops._packing import kept_for_backward
 from mambakit.ops.scan.fused import checkpoint_steps
 
 _INPUTS = (
@@ -137,7 +138,9 @@ for _name, _kernel in ((_FORWARD, _forward), (_BACKWARD, _backward)):
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *inputs, cu_seqlens = arguments
+        inputs.append(kept_for_backward(cu_seqlens))
         steps = checkpoint_steps(inputs[0].device)
         with torch._C._AutoDispatchBelowAutograd():
             outputs = torch.ops.mambakit.mix(*inputs, steps, True)

@@ -99,6 +99,15 @@ def bounds(operation: str, cu_seqlens: Int[Tensor, " bounds"], l: int) -> list[i
     return ends
 
 
+def kept_for_backward(cu_seqlens: Tensor | None) -> Tensor | None:
+    """Return a copy that nobody else writes to.
+
+    The backward pass reads the values again. NumPy may share the caller's memory, and what is
+    written there by then would not be noticed.
+    """
+    return None if cu_seqlens is None else cu_seqlens.clone()
+
+
 def _canonical(operation: str, cu_seqlens: Tensor, b: int) -> Tensor:
     """Check all of ``cu_seqlens`` but its values; bring it to int64 on the CPU."""
     _check_tensor(operation, "cu_seqlens", cu_seqlens)
@@ -178,6 +187,12 @@ def _of_mask(operation: str, attention_mask: Tensor, b: int, l: int) -> Tensor:
 def _check_tensor(operation: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{operation}: {name} must be a tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout is not torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
+        got = "a nested one" if value.is_nested else f"layout {layout}"
+        raise ValueError(f"{operation}: {name} must be a dense tensor, got {got}")
+    if value.device.type == "meta":
+        raise ValueError(f"{operation}: {name} must have values, got a tensor on meta")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -248,10 +248,16 @@ def test_a_rounded_copy_is_made_once_and_lives_as_long_as_its_model(make_model, 
     assert gone() is None
 
 
-def test_a_new_step_sees_what_was_written_past_the_count_of_changes(make_model, draw):
+@pytest.mark.parametrize("change", [lambda w: w + 1, lambda w: w.flip(0), lambda w: w.flip(-1)])
+@pytest.mark.parametrize("name", ["norm_f.weight", "layers.0.mixer.out_proj.weight"])
+def test_a_new_step_sees_what_was_written_past_the_count_of_changes(
+    make_model, draw, name, change
+):
     model, tokens = make_model(), draw(1, 1)[:, 0]
+    parameter = model.backbone.get_parameter(name)
+    parameter.data[:] = torch.randn_like(parameter)
     before = CPUStep(model, "int8")(tokens).logits
-    model.backbone.norm_f.weight.data[3] += 1
+    parameter.data[:] = change(parameter.data)
     after = CPUStep(model, "int8")(tokens).logits
     assert torch.equal(after, CPUStep(copy.deepcopy(model), "int8")(tokens).logits)
     assert not torch.equal(after, before)

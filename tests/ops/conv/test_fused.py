@@ -212,9 +212,18 @@ def test_compiles_to_one_graph_for_every_packing(draw, assert_near, backend):
 
 
 @pytest.mark.compiles
-def test_a_compiled_call_looks_at_the_values_of_cu_seqlens(draw):
+@pytest.mark.parametrize("backend", ["fused", "parallel"])
+@pytest.mark.parametrize(
+    ("cu_seqlens", "what"),
+    [
+        ([0, 4, 8], "end at l=9, got 8$"),
+        ([2, 5, 11], "start at 0, got 2$"),
+        ([0, 4, 4, 9], "rise, got 4 after 4 at index 2$"),
+    ],
+)
+def test_a_compiled_call_looks_at_the_values_of_cu_seqlens(draw, backend, cu_seqlens, what):
     torch._dynamo.reset()
     x, weight, _, _ = draw(b=1)
-    compiled = torch.compile(causal_conv1d, fullgraph=True, backend="eager")
-    with pytest.raises(ValueError, match=r"cu_seqlens must end at l=9, got 8$"):
-        compiled(x, weight, cu_seqlens=packs.ends([4, 4]), backend="fused")
+    compiled = torch.compile(causal_conv1d, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=f"causal_conv1d: cu_seqlens must {what}"):
+        compiled(x, weight, cu_seqlens=torch.tensor(cu_seqlens), backend=backend)

@@ -15,7 +15,7 @@ from mambakit.models import MambaLM, ModelState
 from mambakit.modules import MixerState
 from mambakit.ops import _native
 
-from ..stand_in import Seen, check_state, check_tokens, no_gradients, refusal_of
+from ..stand_in import Seen, check_state, check_tokens, no_gradients, refusal_of, sum_of_bits
 from .library import StepCall, step_library
 from .packing import PackedModel, Weights
 
@@ -146,7 +146,7 @@ class CPUStep:
         once. Meant for few tokens: all their states are kept.
 
         Args:
-            tokens: Token ids, int64 or int32, each in ``[0, vocab_size)``, and l at least 1.
+            tokens: Token ids, int64 or int32, each in ``[0, vocab_size)``.
             state: As in a call.
 
         Returns:
@@ -244,22 +244,12 @@ _copies: WeakKeyDictionary[MambaLM, dict[Weights, _Copy]] = WeakKeyDictionary()
 
 def _rounded_copy(model: MambaLM, weights: Weights) -> tuple[Seen, PackedModel]:
     """Return the copy that the model has, or make it, which takes as long as tens of tokens."""
-    sums = [_sum_of_bits(parameter) for parameter in model.parameters()]
+    sums = [int(sum_of_bits(parameter)) for parameter in model.parameters()]
     kept = _copies.setdefault(model, {})
     copy = kept.get(weights)
     if copy is None or copy.seen.has_changed() or copy.sums != sums:
         kept[weights] = copy = _Copy(Seen(model), sums, PackedModel(model, weights))
     return copy.seen, copy.packed
-
-
-def _sum_of_bits(tensor: Tensor) -> int:
-    """Return a number that changes with any one change of a tensor, at the speed of memory."""
-    flat = tensor.detach().flatten()
-    if flat.storage_offset() * flat.itemsize % 8:
-        flat = flat.clone()
-    flat = flat.view(torch.uint8)
-    whole = len(flat) // 8 * 8
-    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
 
 
 def _dense(state: ModelState) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,7 +1,7 @@
 """A model's parameters as the kernels of a step read them."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mambakit.models import MambaLM
 
-Weights = Literal["bf16", "int8"]
+from ..cpu_step import Weights
 
 # Rows of a matrix are copied in pieces of 16 bytes, which are this many int8.
 PADDING = 16

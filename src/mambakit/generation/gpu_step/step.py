@@ -15,11 +15,11 @@ from mambakit.models import MambaLM, ModelState
 from mambakit.modules import MixerState
 from mambakit.ops import _cuda
 
-from ..cpu_step import StepOutput
-from ..stand_in import Seen, check_state, check_tokens, no_gradients, refusal_of
+from ..cpu_step import StepOutput, Weights
+from ..stand_in import Seen, check_state, check_tokens, no_gradients, refusal_of, sum_of_bits
 from .graph import Graph
 from .launches import Call, Launches
-from .packing import PackedModel, Weights
+from .packing import PackedModel
 from .tiling import room
 
 # Graphs of so many different numbers of sequences are kept for a model.
@@ -238,19 +238,13 @@ _prepared_models: WeakKeyDictionary[MambaLM, dict[Weights | None, _Prepared]] = 
 
 def _prepared(model: MambaLM, weights: Weights | None) -> tuple[Seen, PackedModel, _Graphs]:
     """Return what the model has, or make it, which takes as long as a hundred tokens."""
-    sums = torch.stack([_sum_of_bits(parameter) for parameter in model.parameters()]).tolist()
+    sums = torch.stack([sum_of_bits(parameter) for parameter in model.parameters()]).tolist()
     kept = _prepared_models.setdefault(model, {})
     found = kept.get(weights)
     if found is None or found.seen.has_changed() or found.sums != sums:
         packed = PackedModel(model, weights)
         found = kept[weights] = _Prepared(Seen(model), sums, packed, _Graphs(packed))
     return found.seen, found.packed, found.graphs
-
-
-def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """Return a number that changes with any one change of a tensor."""
-    flat = tensor.detach().contiguous().flatten()
-    return flat.view({2: torch.int16, 4: torch.int32}[flat.itemsize]).sum()
 
 
 def _dense(state: ModelState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

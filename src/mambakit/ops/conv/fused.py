@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import any_requires_grad, refuse_tangents, refuse_transforms
-from .._packing import bounds
+from .._packing import bounds, kept_for_backward
 from . import cpu, cuda
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens, bool silu"
@@ -133,6 +133,8 @@ def _implement(key: str, kernels: ModuleType, takes_dx: bool) -> None:
         cu_seqlens: Tensor | None,
         silu: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if cu_seqlens is not None:
+            bounds("causal_conv1d", cu_seqlens, x.shape[1])
         found = kernels.backward(dy, dlast, x, weight, bias, state, silu, cu_seqlens=cu_seqlens)
         return found[0], *_as_promised(x, *found)
 
@@ -148,6 +150,8 @@ def _implement(key: str, kernels: ModuleType, takes_dx: bool) -> None:
         *,
         dx: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if cu_seqlens is not None:
+            bounds("causal_conv1d", cu_seqlens, x.shape[1])
         room = {"dx": dx} if takes_dx else {}
         found = kernels.backward(
             dy, dlast, x, weight, bias, state, silu, **room, cu_seqlens=cu_seqlens
@@ -176,6 +180,7 @@ class _Gradient(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         silu: bool,
     ) -> tuple[Tensor, Tensor]:
+        cu_seqlens = kept_for_backward(cu_seqlens)
         with torch._C._AutoDispatchBelowAutograd():
             y, last = _forward(x, weight, bias, state, cu_seqlens, silu)
         ctx.save_for_backward(x, weight, bias, state, cu_seqlens)

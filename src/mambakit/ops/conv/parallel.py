@@ -8,8 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _packing
+from .._packing import bounds
 from . import reference
+
+# An operator, so that a graph that a compiler made looks at the values in every call.
+torch.library.define("mambakit::checked_bounds", "(Tensor cu_seqlens, SymInt steps) -> Tensor")
+
+
+@torch.library.impl("mambakit::checked_bounds", "CPU")
+def _(cu_seqlens: Tensor, steps: int) -> Tensor:
+    bounds("causal_conv1d", cu_seqlens, steps)
+    return cu_seqlens.clone()
+
+
+@torch.library.register_fake("mambakit::checked_bounds")
+def _(cu_seqlens: Tensor, steps: int) -> Tensor:
+    return torch.empty_like(cu_seqlens)
 
 
 def conv(
@@ -25,8 +39,7 @@ def conv(
         return reference.conv(x, weight, bias, state, silu)
     _, l, d = x.shape
     w, s = weight.shape[1], cu_seqlens.shape[0] - 1
-    if not torch.compiler.is_compiling():
-        _packing.bounds("causal_conv1d", cu_seqlens, l)
+    cu_seqlens = torch.ops.mambakit.checked_bounds(cu_seqlens, l)
 
     ranks = torch.arange(s, device="cpu")
     rank = torch.repeat_interleave(ranks, cu_seqlens.diff(), output_size=l)

@@ -781,17 +781,21 @@ struct Kernel {
   // is one.
   static void take_up(V* states, const void* given, int64_t sequence, const Arguments& a,
                       const Plan& p, const Span& span) {
+    if (!given) {
+      std::memset(static_cast<void*>(states), 0, span.blocks * a.n * sizeof(V));
+      return;
+    }
     const S* from = static_cast<const S*>(given) + sequence * a.d * a.n;
-    if (!given) std::memset(static_cast<void*>(states), 0, span.blocks * a.n * sizeof(V));
-    for (int64_t k = 0; given && k < span.blocks; ++k) {
+    for (int64_t k = 0; k < span.blocks; ++k) {
       read_channels<S>(states + k * a.n, from, a.n, p.block(a, span, k));
     }
   }
 
   static void put_down(const V* states, void* array, int64_t sequence, const Arguments& a,
                        const Plan& p, const Span& span) {
+    if (!array) return;
     S* to = static_cast<S*>(array) + sequence * a.d * a.n;
-    for (int64_t k = 0; array && k < span.blocks; ++k) {
+    for (int64_t k = 0; k < span.blocks; ++k) {
       write_channels<S>(to, states + k * a.n, a.n, p.block(a, span, k));
     }
   }
@@ -903,7 +907,7 @@ struct Kernel {
     for (int64_t k = 0; k < span.blocks; ++k) {
       const Block block = p.block(a, span, k);
       if (first) {
-        // The state that this chunk makes of zeros; join_chunks() turns it into the next one's.
+        // The state that this chunk makes of zeros; join() turns it into the next one's.
         write_plane(chunks.edges + (span.index + 1) * n * a.d, states + k * n, n, a.d, block);
         write_vector<S>(chunks.elapsed + span.index * a.d, elapsed[k], block);
       }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import any_requires_grad, refuse_tangents, refuse_transforms
-from .._packing import bounds
+from .._packing import bounds, kept_for_backward
 
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Gradients = Sequence[Tensor | None]
@@ -174,6 +174,8 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
             if dy.numel() == 0:
                 return backward_of_nothing(dlast, *rest)
             *given, cu_seqlens, kept, dt_softplus = rest
+            if cu_seqlens is not None:
+                bounds("selective_scan", cu_seqlens, dy.shape[1])
             return of.backward(
                 dy, dlast, *given, kept, dt_softplus, cu_seqlens=cu_seqlens, **room
             )
@@ -206,6 +208,7 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
             *inputs, dt_softplus, _, _ = arguments
             # not those of the call, which an older release may have exported
             steps = checkpoint_steps(kernels, inputs[0].device)
+            inputs[-1] = kept_for_backward(inputs[-1])
             with torch._C._AutoDispatchBelowAutograd():
                 y, last, kept = forward_op(*inputs, dt_softplus, steps, True)
             ctx.save_for_backward(*inputs, kept)

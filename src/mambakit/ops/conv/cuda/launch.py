@@ -222,7 +222,7 @@ def _arguments(
     return b * splits * tiles, arguments, table
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def _cut_pack(cu_seqlens: bytes, most: int) -> _spans.Spans:
     """Cut each sequence into as few spans of at most ``most`` steps as do, and evenly."""
     starts = _spans.starts_of(cu_seqlens)

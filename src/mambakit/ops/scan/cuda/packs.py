@@ -68,7 +68,8 @@ def table(
     return Table(spans, first, later, cut, bins, chunks, sent)
 
 
-@lru_cache(maxsize=256)
+# The layers of a model ask for the same lists, one after another.
+@lru_cache(maxsize=16)
 def _lists(
     cu_seqlens: bytes, steps: int, handed_on: bool, share: int
 ) -> tuple[tuple[Spans, Spans, Spans, Spans, Words], int]:
