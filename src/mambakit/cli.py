@@ -30,7 +30,7 @@ example:
 """
 _EVALUATE = """\
 example:
-  mambakit evaluate runs/demo README.md src
+  mambakit evaluate runs/demo README.md docs
 """
 _CONVERT = """\
 example:

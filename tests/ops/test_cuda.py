@@ -51,7 +51,7 @@ def compilations():
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("build", "arch"), compilations())
+@pytest.mark.parametrize(("build", "arch"), list(compilations()))
 def test_compiles_without_spills(build, arch):
     if int(dict(build[1]).get("SHARED_BYTES", 0)) > ARCHITECTURES[arch]:
         pytest.skip("made for a GPU with more shared memory")

@@ -37,7 +37,7 @@ def test_it_shows_a_sample_and_the_folder(tables, tmp_path):
     assert "a sample, after 'import '" in said
     assert len(re.search(r"^import (.*?)\n\neverything", said, re.M | re.S)[1]) == 5
     assert f"everything is in {tmp_path}/run" in said
-    assert f"mambakit generate {tmp_path}/run --prompt import --stream" in said
+    assert f"mambakit generate {tmp_path}/run --prompt 'import ' --stream" in said
 
 
 def test_without_a_test_text_it_scores_the_validation_text(tables, tmp_path):

@@ -123,5 +123,5 @@ def closing_report(folder: Path, *, say: Say = print) -> None:
         say(_sample(model, tokenizer, config.report))
     say("")
     say(f"everything is in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    prompt = shlex.quote(config.report.prompt.strip() or "The")
+    prompt = shlex.quote(config.report.prompt if config.report.prompt.strip() else "The")
     say(f"more: mambakit generate {shlex.quote(str(folder))} --prompt {prompt} --stream")

@@ -185,7 +185,7 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     which: Literal["best", "last"] = "best",
     device: torch.device | str = "cpu",
@@ -204,8 +204,12 @@ def load_run(
     """
     if which not in ("best", "last"):
         raise ValueError(f"load_run: which must be 'best' or 'last', got {which!r}")
+    folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"load_run: {folder} must be a run folder, got one without {CONFIG}")
+        raise ValueError(
+            f"load_run: {folder} must be a run folder, got one without {CONFIG} (where "
+            "there is a checkpoint alone, mambakit.models.load reads its model)"
+        )
     steps = checkpoint_steps(folder)
     if not steps:
         raise ValueError(f"load_run: the run {folder} must have a checkpoint, got none yet")

@@ -351,7 +351,7 @@ def train(
             check_prompt(config.report, corpus.tokenizer)
             make_batches(config.training, corpus.train)
             if config.training.minutes is not None:
-                say(f"timing this machine, to train for {config.training.minutes:g} minutes")
+                say(f"timing this machine, to train for {config.training.minutes:g} min")
                 steps = _steps_in(config.training.minutes, config, corpus, machine)
                 settled = replace(config.training, minutes=None, steps=steps)
                 config = replace(config, training=settled)
@@ -428,7 +428,7 @@ class _Run:
         self.drawn = time.monotonic()
         _introduce(config, corpus, model, machine, self.learner.compilation, say)
         if done:
-            say(f"resuming after step {self.at.step}")
+            say(f"resuming after step {self.at.step:,} of {config.training.steps:,}")
 
     def finish(self) -> TrainingResult:
         """Make the steps that are left."""
