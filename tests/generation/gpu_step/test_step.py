@@ -205,13 +205,17 @@ def test_a_state_that_is_no_number_spoils_its_own_row_alone(make_model, draw):
 # ---------------------------------------------------------------- the life of a step
 
 
-def test_generation_takes_the_step(make_model, draw):
+def test_generation_takes_the_step_for_rounded_weights(make_model, draw):
     model = make_model()
-    assert isinstance(stepper(model), GPUStep)
-    tokens = generate(model, draw(2, 3), max_new_tokens=5, temperature=0)
+    assert isinstance(stepper(model, "bf16"), GPUStep)
+    assert not isinstance(stepper(model), GPUStep)
+    prompt = draw(2, 3)
+    tokens = generate(model, prompt, max_new_tokens=5, temperature=0, weights="bf16")
+    step, (logits, state) = GPUStep(model, "bf16"), model(prompt, last_only=True)
+    logits = logits[:, 0]
     for t in range(3, 8):
-        wanted = model(tokens[:, :t]).logits[:, -1, :257].argmax(dim=-1)
-        assert torch.equal(tokens[:, t], wanted)
+        assert torch.equal(tokens[:, t], logits[:, :257].argmax(dim=-1))
+        logits, state = step(tokens[:, t], state)
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])
