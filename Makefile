@@ -21,7 +21,7 @@ SOURCES := pyproject.toml $(wildcard setup.py) $(shell find src -name '*.cpp' -o
 help:
 	@echo "make demo    train a small byte-level Mamba for about five minutes and read what it writes"
 	@echo "make test    linters, type checker, layers, and all tests"
-	@echo "make gpu-test all laws of operations, modules and models once more, on the CUDA device"
+	@echo "make gpu-test all laws of operations, modules and models once more, on the CUDA device; memcheck"
 	@echo "make bench   measure this machine: rows in benchmarks/results, tables in the README"
 	@echo "make format  rewrite the sources in the project's format"
 	@echo "make clean   remove the environment, builds and caches (runs/ stays)"
@@ -59,6 +59,10 @@ GPU_PYTHON ?= $(PYTHON)
 gpu-test:
 	$(GPU_PYTHON) -m pytest tests/ops tests/modules tests/models tests/generation \
 	    tests/training/test_loss.py tests/training/test_gradient.py -n 8 --device cuda
+	@if command -v compute-sanitizer > /dev/null; then \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	        $(GPU_PYTHON) -m tests.gpu_memory; \
+	else echo "compute-sanitizer is not here: the kernels' memory was not checked"; fi
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

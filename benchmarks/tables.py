@@ -342,7 +342,8 @@ def render(results: Path) -> dict[str, str]:
                 caption = _caption(rows[name])
                 blocks[name] = blocks.get(name, "") + caption + _markdown(table(cases[name]))
         if cases:
-            caption = _caption([row for measured in rows.values() for row in measured])
+            every = [row for measured in rows.values() for row in measured]
+            caption = _caption(every, commit=False)
             blocks["summary"] = blocks.get("summary", "") + caption + _markdown(summary(cases))
     return blocks
 
@@ -361,17 +362,20 @@ def _by_case(rows: Iterable[Row]) -> Cases:
     return cases
 
 
-def _caption(rows: list[Row]) -> str:
-    """Say on what the rows were measured; where they differ, say each value."""
+def _caption(rows: list[Row], *, commit: bool = True) -> str:
+    """Say on what the rows were measured; where they differ, say each value.
+
+    A summary is of many commits, which nobody can read in a row: the page says where they are.
+    """
 
     def values(key: str) -> str:
         return " and ".join(sorted({str(row.machine[key]) for row in rows}))
 
+    when = f"commit {values('commit')}, {values('date')}" if commit else values("date")
     if all("multiprocessors" in row.machine for row in rows):
         return (
             f"{values('device')}; torch {values('torch')}, CUDA {values('cuda')}, "
-            f"transformers {values('transformers')}; commit {values('commit')}, "
-            f"{values('date')}.\n\n"
+            f"transformers {values('transformers')}; {when}.\n\n"
         )
     kernels = " and ".join(sorted({row.machine["isa"]["mambakit"] for row in rows}))
     kept = any(row.machine.get("freed_memory_kept") for row in rows)
@@ -380,8 +384,7 @@ def _caption(rows: list[Row]) -> str:
         f"{values('device')}, {values('threads')} threads, kernels {kernels}, "
         f"{'with' if has_bf16 else 'no'} bf16 instructions"
         f"{', freed memory kept' if kept else ''}; torch {values('torch')}, "
-        f"transformers {values('transformers')}, mambapy {values('mambapy')}; "
-        f"commit {values('commit')}, {values('date')}.\n\n"
+        f"transformers {values('transformers')}, mambapy {values('mambapy')}; {when}.\n\n"
     )
 
 

@@ -168,6 +168,7 @@ class TestTrain:
             ("data.files=['empty.txt']", "empty.txt"),
             ("data.files=['latin.txt']", "UTF-8"),
             ("tokenizer.kind='nowhere.json'", "nowhere.json"),
+            ("tokenizer.kind=char", "did you mean character?"),
             ("tokenizer.kind='text.txt'", "text.txt"),
             ("training.device='abacus'", "abacus"),
         ],
@@ -286,6 +287,24 @@ class TestGenerate:
             "To " + text("--state", file, "--prompt", "be", "--max-new-tokens", "12") == whole
         )
 
+    def test_a_model_that_is_no_run_writes_the_same_text(self, run, place, capsys):
+        def text(*arguments):
+            assert cli.main(["generate", *arguments, "--prompt", "To be", "--seed", "3"]) == 0
+            return capsys.readouterr().out
+
+        expected = text(str(run))
+        assert cli.main(["convert", str(run), "model", "--layout", "mamba_ssm"]) == 0
+        capsys.readouterr()
+        assert text("model") == expected
+        tokenizer = Path("model/tokenizer.json").rename("moved.json")
+        said = refused(capsys, "generate", "model", "--prompt", "To be")
+        assert "model must have a tokenizer.json beside the model" in said
+        assert "--tokenizer" in said
+        for named in (str(tokenizer), "character:text.txt"):
+            assert text("model", "--tokenizer", named) == expected
+        said = refused(capsys, "generate", "model", "--prompt", "To be", "--tokenizer", "byte")
+        assert "it is another model's" in said
+
     def test_weights_may_be_rounded(self, run, capsys):
         arguments = ["generate", str(run), "--prompt", "To be", "--max-new-tokens", "12"]
         for weights in ("bf16", "int8"):
@@ -380,6 +399,19 @@ class TestEvaluate:
         bits = [float(line.split()[0]) for line in lines[1:]]
         assert min(bits[:2]) <= bits[2] <= max(bits[:2])
 
+    def test_a_model_that_is_no_run_has_the_same_score(self, run, place, capsys):
+        assert cli.main(["evaluate", str(run), "text.txt"]) == 0
+        expected = capsys.readouterr().out
+        assert cli.main(["convert", str(run), "model"]) == 0
+        Path("model/tokenizer.json").unlink()
+        capsys.readouterr()
+        assert "--tokenizer" in refused(capsys, "evaluate", "model", "text.txt")
+        arguments = ["--tokenizer", "character:text.txt"]
+        assert cli.main(["evaluate", "model", "text.txt", *arguments]) == 0
+        assert capsys.readouterr().out == expected
+        assert cli.main(["convert", "model", "bare"]) == 0
+        assert capsys.readouterr().out.endswith(", layout mambakit, no tokenizer\n")
+
     def test_files_that_cannot_be_read_are_named(self, run, place, capsys):
         (place / "empty.txt").touch()
         (place / "latin.txt").write_bytes(b"n\xe9")
@@ -392,13 +424,15 @@ class TestConvert:
         from mambakit import MambaLM
         from mambakit.training import load_run
 
+        whole = (run / "tokenizer.json").read_text()
         for source, target, layout in (
             (run, "hf", "hf"), ("hf", "ssm", "mamba_ssm"), ("ssm", "own", "mambakit"),
         ):  # fmt: skip
             assert cli.main(["convert", str(source), target, "--layout", layout]) == 0
             said = capsys.readouterr().out
-            words = rf"{target}: [\d,]+ parameters, float32, layout {layout}\n"
-            assert re.fullmatch(words, said)
+            words = rf"{target}: [\d,]+ parameters, float32, layout {layout}"
+            assert re.fullmatch(words + r", with tokenizer\.json\n", said)
+            assert Path(target, "tokenizer.json").read_text() == whole
         first = load_run(run).model.state_dict()
         last = MambaLM.from_pretrained("own").state_dict()
         assert first.keys() == last.keys()
@@ -406,14 +440,18 @@ class TestConvert:
 
     def test_dtype_converts_the_weights(self, run, place, capsys):
         assert cli.main(["convert", str(run), "short", "--dtype", "bfloat16"]) == 0
-        assert "bfloat16, layout mambakit" in capsys.readouterr().out
+        assert "bfloat16, layout mambakit, with tokenizer.json\n" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
             (["nowhere/at/all", "new"], "there is no folder nowhere/at/all"),
             (["text.txt", "new"], "text.txt must be a folder, got a file"),
-            ([".", "new"], "cannot read config config.json"),
+            (
+                [".", "new"],
+                ". must hold a run or a model, got neither config.toml nor config.json",
+            ),
+            (["RUN", "RUN"], "must be no run folder: choose another"),
             (["RUN", "RUN/text"], "cannot write"),
             (["RUN", "new", "--revision", "v1"], "revision must be None for a folder"),
         ],

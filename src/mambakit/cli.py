@@ -25,12 +25,14 @@ example:
   mambakit generate runs/demo --prompt "def main():" --max-new-tokens 200 --top-p 0.9 --stream
   mambakit generate runs/demo --prompt-file start.txt --temperature 0 --stop "class "
   mambakit generate runs/demo --prompt "class Tree:" --weights int8
+  mambakit generate state-spaces/mamba-130m-hf --prompt "A state is" --stop "<|endoftext|>"
   mambakit generate runs/demo --prompt-file long.txt --max-new-tokens 0 --save-state long.state
   mambakit generate runs/demo --state long.state --prompt "In short, "
 """
 _EVALUATE = """\
 example:
   mambakit evaluate runs/demo README.md docs
+  mambakit evaluate models/mamba-130m README.md --tokenizer gpt-neox/tokenizer.json
 """
 _CONVERT = """\
 example:
@@ -119,7 +121,7 @@ def _say(line: str) -> None:
 def _generate(options: argparse.Namespace) -> int:
     from mambakit._files import read_text
     from mambakit.generation import Bookmark, complete
-    from mambakit.training import keep_freed_memory, load_run
+    from mambakit.training import keep_freed_memory, load_model
 
     keep_freed_memory()
     prompt = options.prompt
@@ -127,10 +129,10 @@ def _generate(options: argparse.Namespace) -> int:
         prompt = read_text(options.prompt_file, "prompt")
     if prompt is None and options.state is None:
         raise ValueError("generate: give --prompt, --prompt-file or --state")
-    run = load_run(options.run_folder)
+    model, tokenizer = load_model(options.model, options.tokenizer)
     place = None
     if options.state is not None:
-        place = Bookmark.load(options.state, config=run.model.config)
+        place = Bookmark.load(options.state, config=model.config)
         if len(place) != 1:
             raise ValueError(
                 f"generate: {options.state} must hold one text, got {len(place)} side by side"
@@ -142,7 +144,7 @@ def _generate(options: argparse.Namespace) -> int:
         waiting.clear()
 
     done = complete(
-        run.model,
+        model,
         None if prompt is None else [prompt],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -151,7 +153,7 @@ def _generate(options: argparse.Namespace) -> int:
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
         stop=options.stop,
-        tokenizer=run.tokenizer,
+        tokenizer=tokenizer,
         on_text=write if options.stream else None,
         seed=options.seed,
         state=place,
@@ -167,11 +169,11 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from mambakit.evaluation import LanguageScore, evaluate_files
-    from mambakit.training import keep_freed_memory, load_run
+    from mambakit.training import keep_freed_memory, load_model
 
     keep_freed_memory()
-    run = load_run(options.run_folder)
-    scores = evaluate_files(run.model, run.tokenizer, options.files)
+    model, tokenizer = load_model(options.model, options.tokenizer)
+    scores = evaluate_files(model, tokenizer, options.files)
     if len(scores) > 1:
         scores["all together"] = sum(scores.values(), LanguageScore(0.0, 0, 0))
     print(f"{'bits/byte':>9} {'perplexity':>10} {'bytes':>12}")
@@ -185,28 +187,23 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     import torch
 
-    from mambakit.models import MambaLM
-    from mambakit.training import load_run
-    from mambakit.training.run_folder import CONFIG
+    from mambakit.training import convert_model
+    from mambakit.training.run_folder import TOKENIZER
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    run = Path(options.source)
-    if (run / CONFIG).is_file() and options.revision is None:
-        model = load_run(run, dtype=dtype).model
-    else:
-        model = MambaLM.from_pretrained(
-            options.source,
-            revision=options.revision,
-            device="cpu",
-            dtype=dtype,
-            local_files_only=options.local_files_only,
-        )
-    model.save_pretrained(options.target, layout=options.layout)
+    model = convert_model(
+        options.source,
+        options.target,
+        layout=options.layout,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        revision=options.revision,
+        local_files_only=options.local_files_only,
+    )
     count = sum(parameter.numel() for parameter in model.parameters())
     dtype = model.backbone.embedding.weight.dtype
+    tokenizer = f"with {TOKENIZER}" if (options.target / TOKENIZER).exists() else "no tokenizer"
     print(
         f"{options.target}: {count:,} parameters, {str(dtype).removeprefix('torch.')}, "
-        f"layout {options.layout}"
+        f"layout {options.layout}, {tokenizer}"
     )
     return DONE
 
@@ -238,6 +235,16 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    def source(use: argparse.ArgumentParser) -> None:
+        use.add_argument(
+            "model", metavar="MODEL", help="run folder, folder of a model, or id on the Hub"
+        )
+        use.add_argument(
+            "--tokenizer", metavar="T",
+            help="byte, character:FILE (with the characters of a text), or the path of a "
+            "tokenizers JSON file (tokenizer.json beside the model)",
+        )  # fmt: skip
+
     train = command("train", "train a model as a TOML file says", _TRAIN)
     train.set_defaults(run=_train)
     train.add_argument("config", type=Path, help="the run: data, tokenizer, model, training")
@@ -254,9 +261,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = command("generate", "continue a text with a trained model", _GENERATE)
     generate.set_defaults(run=_generate)
-    generate.add_argument(
-        "run_folder", type=Path, metavar="RUN", help="run folder of the model"
-    )
+    source(generate)
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds it")
@@ -304,9 +309,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", "measure bits per byte and perplexity on files", _EVALUATE)
     evaluate.set_defaults(run=_evaluate)
-    evaluate.add_argument(
-        "run_folder", type=Path, metavar="RUN", help="run folder of the model"
-    )
+    source(evaluate)
     evaluate.add_argument("files", nargs="+", metavar="FILES", help="files or folders")
 
     convert = command("convert", "rewrite a model in another layout", _CONVERT)

@@ -139,6 +139,29 @@ def test_a_missing_file_is_named(tmp_path):
         load_tokenizer(str(tmp_path / "missing.json"))
 
 
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("char", r"got 'char', and there is no file char; did you mean character\?$"),
+        ("bytes", r"; did you mean byte\?$"),
+        (
+            "/nowhere/chars",
+            r"got 'chars', and there is no file /nowhere/chars; did you mean ch",
+        ),
+        ("words", r"byte, character or a JSON file, got 'words', and there is no file words$"),
+    ],
+)
+def test_an_unknown_kind_is_refused_with_the_nearest_one(spec, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        load_tokenizer(spec)
+
+
+def test_a_file_needs_no_suffix(tmp_path):
+    save_tokenizer(ByteTokenizer(), tmp_path / "bytes")
+    assert load_tokenizer(str(tmp_path / "bytes")).name == "byte"
+
+
 def test_a_lone_surrogate_is_refused():
     with pytest.raises(ValueError, match="got a lone surrogate at position 1"):
         ByteTokenizer().encode("a\ud800")

@@ -126,7 +126,8 @@ def test_files_are_complete_codes(model, tmp_path):
     [
         ([1], {}, "tokens must number at least 2, got 1"),
         ([1, 2, 3], {"rows": 3}, "tokens must number at least 4, got 3"),
-        ([1, 300], {}, "below the model's vocab_size 256, got 300"),
+        ([1, 300], {}, r"tokens must be in \[0, 256\), the model's vocabulary, got 300"),
+        ([1, 2, -3], {}, r"tokens must be in \[0, 256\), the model's vocabulary, got -3"),
         ([1, 2], {"chunk": 0}, "chunk must be at least 1, got 0"),
         ([1, 2], {"limit": 0}, "limit must be at least 1, got 0"),
         ([1, 2], {"documents": np.arange(3)}, "must have tokens to score after their first"),

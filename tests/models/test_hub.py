@@ -136,6 +136,16 @@ def test_a_model_is_fetched_once_and_then_taken_from_the_cache(hub, layout):
     assert not hub.asked
 
 
+def test_a_tokenizer_is_fetched_beside_the_weights_and_not_needed(hub):
+    make().save_pretrained(hub.folder)
+    (hub.folder / "tokenizer.json").write_text("{}")
+    folder = locate("owner/model")
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    (folder / "tokenizer.json").unlink()
+    assert locate("owner/model", local_files_only=True) == folder
+    same(MambaLM.from_pretrained("owner/model", local_files_only=True), make())
+
+
 def test_all_shards_of_one_commit_are_fetched(hub):
     model = make()
     model.save_pretrained(hub.folder)

@@ -44,7 +44,7 @@ def test_without_a_test_text_it_scores_the_validation_text(tables, tmp_path):
     tables["data"]["test"] = 0.0
     tables["report"]["tokens"] = 0
     said = report_of(tables, tmp_path / "run")
-    assert "bits per byte on the validation text" in said
+    assert "bits per byte on the whole validation text" in said
     assert "a sample" not in said
 
 

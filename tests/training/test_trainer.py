@@ -488,7 +488,7 @@ def test_resuming_another_config_is_refused(config, tmp_path):
 def test_resuming_with_another_text_is_refused(config, tmp_path, text):
     train(config, tmp_path / "run", say=quiet)
     text.write_text(text.read_text().replace("text", "TEXT"))
-    with pytest.raises(ValueError, match="its files have changed"):
+    with pytest.raises(ValueError, match="its files or its tokenizer have changed"):
         train(config, tmp_path / "run", resume=True, say=quiet)
 
 

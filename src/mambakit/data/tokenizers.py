@@ -1,6 +1,8 @@
 """Text to token ids and back: bytes, characters, or any ``tokenizers`` JSON file."""
 
+import difflib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 from mambakit._files import read_text, replacing
 
 Ids = NDArray[np.int64]
+
+KINDS = ("byte", "character")
+"""The tokenizers that need no file."""
 
 
 class Tokenizer(Protocol):
@@ -259,8 +264,8 @@ def load_tokenizer(spec: str, texts: Iterable[str | bytes] = ()) -> Tokenizer:
         texts: Where ``"character"`` finds its alphabet; not read for anything else.
 
     Raises:
-        ValueError: The file is missing or is not a tokenizer, or ``texts`` is empty for
-            ``"character"``.
+        ValueError: ``spec`` is neither a kind nor a file (the nearest kind is named), the file
+            is not a tokenizer, or ``texts`` is empty for ``"character"``.
         RuntimeError: The file needs the ``tokenizers`` package, and it is not installed.
 
     Example:
@@ -272,6 +277,13 @@ def load_tokenizer(spec: str, texts: Iterable[str | bytes] = ()) -> Tokenizer:
     if spec == "character":
         return CharacterTokenizer.from_texts(texts)
     path = Path(spec)
+    if not path.suffix and not os.path.exists(path):
+        near = difflib.get_close_matches(path.name, KINDS, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"load_tokenizer: a tokenizer must be {', '.join(KINDS)} or a JSON file, got "
+            f"{path.name!r}, and there is no file {path}{hint}"
+        )
     definition = read_text(path, "tokenizer")
     try:
         record = json.loads(definition)

@@ -108,10 +108,11 @@ def evaluate_tokens(
         for begin in range(0, length, chunk):
             end = min(begin + chunk, length)
             window = np.stack([tokens[s + begin : s + end + 1] for s in starts])
-            if window.max() >= model.config.vocab_size:
+            low, high = window.min(), window.max()
+            if low < 0 or high >= model.config.vocab_size:
                 raise ValueError(
-                    "evaluate_tokens: tokens must be below the model's vocab_size "
-                    f"{model.config.vocab_size}, got {window.max()}"
+                    f"evaluate_tokens: tokens must be in [0, {model.config.vocab_size}), the "
+                    f"model's vocabulary, got {low if low < 0 else high}"
                 )
             batch = torch.from_numpy(window.astype(np.int64)).to(model.device)
             inputs, targets = batch[:, :-1], batch[:, 1:]

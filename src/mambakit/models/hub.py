@@ -3,12 +3,13 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .weights import WEIGHTS, read_index
 
+TOKENIZER = "tokenizer.json"
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
@@ -20,9 +21,10 @@ def locate(
 ) -> Path:
     """Return the folder of a checkpoint: itself, or that of a Hub id in the Hub's cache.
 
-    A string of the form ``owner/name`` that names no folder here is a Hub id. Its config and
-    one set of weights are fetched unless the cache holds them; without a network, or where
-    ``HF_HUB_OFFLINE`` says so, the cache must hold them.
+    A string of the form ``owner/name`` that names no folder here is a Hub id. Its config, one
+    set of weights and its ``tokenizer.json``, if it has one, are fetched unless the cache holds
+    them; without a network, or where ``HF_HUB_OFFLINE`` says so, the cache must hold config and
+    weights.
 
     Args:
         source: A folder or a Hub id.
@@ -93,6 +95,9 @@ def _fetch(repository: str, revision: str | None, local_files_only: bool) -> Pat
         if weights.suffix == ".json":
             for shard in read_index(weights):
                 fetch(shard, commit)
+        # a model may come without one, and a cache may be older than this line
+        with suppress(errors.EntryNotFoundError):
+            fetch(TOKENIZER, commit)
         return folder
 
 

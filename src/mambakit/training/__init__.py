@@ -13,4 +13,9 @@ from .interrupts import Interrupted as Interrupted
 from .memory import keep_freed_memory as keep_freed_memory
 from .report import closing_report as closing_report
 from .run_folder import LoadedRun as LoadedRun, load_run as load_run
+from .sources import (
+    LoadedModel as LoadedModel,
+    convert_model as convert_model,
+    load_model as load_model,
+)
 from .trainer import TrainingResult as TrainingResult, train as train

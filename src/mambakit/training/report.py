@@ -110,7 +110,7 @@ def closing_report(folder: Path, *, say: Say = print) -> None:
         learnt = sum(d.size for d in splits.train)
         files = count(len(documents), "file")
         say("")
-        say(f"bits per byte on the {part} text ({len(data):,} bytes, {files}):")
+        say(f"bits per byte on the whole {part} text ({len(data):,} bytes, {files}):")
         say(
             f"  this model  {score.bits_per_byte:.3f}   after {format_seconds(last.seconds)} "
             f"with the {learnt:,} bytes of the training text"

@@ -414,7 +414,7 @@ class _Run:
                 if then != now:
                     raise ValueError(
                         f"train: the {part} text must be the one that the run {folder} began "
-                        "with, got another: its files have changed"
+                        "with, got another: its files or its tokenizer have changed"
                     )
             if self.at.step > self.steps:
                 where = checkpoint_folder(folder, done[-1]) / "training.json"
@@ -563,7 +563,8 @@ class _Run:
         best = ", the best so far" if at.best_step == at.step else ""
         progress.say(
             f"step {at.step}: validation loss {score.loss:.4f}, "
-            f"{score.bits_per_byte:.4f} bits/byte{best} ({format_seconds(self._seconds())})"
+            f"{score.bits_per_byte:.4f} bits/byte on {score.tokens:,} tokens{best} "
+            f"({format_seconds(self._seconds())})"
         )
 
     def _save(self, ends: bool) -> None:
