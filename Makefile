@@ -58,7 +58,7 @@ GPU_PYTHON ?= $(PYTHON)
 
 gpu-test:
 	$(GPU_PYTHON) -m pytest tests/ops tests/modules tests/models tests/generation \
-	    tests/training/test_loss.py tests/training/test_gradient.py -n 8 --device cuda
+	    tests/training/test_loss.py tests/training/test_gradient.py -n 8 --dist worksteal --device cuda
 	@if command -v compute-sanitizer > /dev/null; then \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 	        $(GPU_PYTHON) -m tests.gpu_memory; \

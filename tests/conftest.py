@@ -24,6 +24,10 @@ def pytest_configure(config):
     else:
         # Triton asks for this when it is imported, which the next line does if it is installed.
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Workers share the cores: threads that wait for one another while others have their cores
+    # took ten times as long. Tests of threads set their number themselves.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     # Also fills torch.empty with NaN, so that output which no kernel wrote is seen.
     torch.use_deterministic_algorithms(True)
 

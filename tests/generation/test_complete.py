@@ -181,7 +181,7 @@ def test_a_prompt_may_follow_a_bookmark(model, prompts):
 def test_a_bookmark_goes_through_a_file_and_forks(model, prompts, tmp_path):
     first = complete(model, prompts, **GREEDY)
     first.bookmark.save(tmp_path / "place")
-    place = Bookmark.load(tmp_path / "place", config=model.config)
+    place = Bookmark.load(tmp_path / "place", device=model.device, config=model.config)
     expected = complete(model, state=first.bookmark, **GREEDY)
     assert lists(complete(model, state=place, **GREEDY).tokens) == lists(expected.tokens)
     rows = complete(model, state=place[-1].fork(2), **GREEDY)
@@ -191,7 +191,7 @@ def test_a_bookmark_goes_through_a_file_and_forks(model, prompts, tmp_path):
 def test_a_plain_state_is_a_bookmark_with_nothing_unread(model, tmp_path):
     tokens = torch.randint(V, (1, 6))
     model(tokens[:, :4]).state.save(tmp_path / "state")
-    place = Bookmark.load(tmp_path / "state")
+    place = Bookmark.load(tmp_path / "state", device=model.device)
     done = complete(model, tokens[:, 4:], state=place, **GREEDY)
     assert_close(done.tokens[0][None], generate(model, tokens, **GREEDY)[:, 6:])
     with pytest.raises(ValueError, match="at least one token, got none in row 0"):

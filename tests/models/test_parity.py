@@ -93,8 +93,8 @@ def padded():
     """Rows of 70, 41, 3 and 1 tokens at the right, and their mask."""
     source = torch.Generator().manual_seed(2)
     tokens = torch.randint(CONFIG.vocab_size, (4, 70), generator=source, device="cpu")
-    mask = torch.arange(70, device="cpu") >= 70 - torch.tensor([[70], [41], [3], [1]])
-    return tokens.to(torch.get_default_device()), mask.to(torch.get_default_device()).long()
+    mask = torch.arange(70) >= 70 - torch.tensor([[70], [41], [3], [1]])
+    return tokens.to(torch.get_default_device()), mask.long()
 
 
 def loss_of_real(logits, tokens, mask):

@@ -1,6 +1,8 @@
 """Laws of the state of a model."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -20,6 +22,14 @@ CONFIG = MambaConfig(d_model=8, n_layer=2, vocab_size=20, d_state=4)
 def state():
     torch.manual_seed(0)
     return MambaLM(CONFIG)(torch.randint(20, (3, 5))).state
+
+
+@pytest.fixture(params=["apart", "stacked"])
+def held(request, state):
+    """A state however it is held, without gradients."""
+    if request.param == "apart":
+        return state.detach()
+    return ModelState.stacked(*map(torch.stack, zip(*state.detach().layers, strict=True)))
 
 
 def tensors(state):
@@ -179,6 +189,54 @@ def test_what_does_not_fit_is_refused(state, operation, message):
         operation(state)
 
 
+class TestStacks:
+    def test_a_state_says_the_same_however_it_is_held(self, held, state):
+        assert (len(held), held.nbytes) == (len(state), state.nbytes)
+        for one, other in zip(tensors(held), tensors(state), strict=True):
+            assert_close(one, other.detach(), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("index", [1, -1, slice(1, None), [2, 0, 0], []])
+    def test_rows_are_the_same(self, held, state, index):
+        for one, other in zip(tensors(held[index]), tensors(state[index]), strict=True):
+            assert_close(one, other.detach(), rtol=0, atol=0)
+
+    def test_stacks_stay_stacks(self, state):
+        assert state.stacks is None
+        conv, ssm = map(torch.stack, zip(*state.layers, strict=True))
+        held = ModelState.stacked(conv, ssm)
+        assert held.stacks == (conv, ssm)
+        rows, short = held[[2, 0]].stacks, held.to(dtype=torch.bfloat16).stacks
+        assert rows.conv.shape == (2, 2, 16, 3)
+        assert (short.conv.dtype, short.ssm.dtype) == (torch.bfloat16, torch.float32)
+        assert not held.detach().stacks.ssm.requires_grad
+
+    def test_gradients_go_through(self, state):
+        held = ModelState.stacked(*map(torch.stack, zip(*state.layers, strict=True)))
+        (gradient,) = torch.autograd.grad(held[[1, 1]].layers[0].ssm.sum(), state.layers[0].ssm)
+        assert gradient[:, 0, 0].tolist() == [0, 2, 0]
+
+    def test_it_goes_through_copies_pytrees_and_the_compiler(self, held, state):
+        copies = copy.copy(held), copy.deepcopy(held), pickle.loads(pickle.dumps(held))
+        flat = pytree.tree_unflatten(*pytree.tree_flatten(held))
+        compiled = torch.compile(
+            lambda state: state.layers[1].ssm + 1, fullgraph=True, backend="eager"
+        )
+        assert_close(compiled(held), state.layers[1].ssm.detach() + 1)
+        for other in (*copies, flat):
+            for one, wanted in zip(tensors(other), tensors(state), strict=True):
+                assert_close(one, wanted.detach(), rtol=0, atol=0)
+
+    def test_it_never_changes(self, held):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            held.layers = ()
+
+    def test_it_has_nothing_else(self, held):
+        with pytest.raises(AttributeError, match="a ModelState has no attribute 'layer'"):
+            held.layer  # noqa: B018
+        with pytest.raises(AttributeError, match="no attribute 'layers'"):
+            ModelState.__new__(ModelState).layers  # noqa: B018
+
+
 class TestFiles:
     def test_a_state_comes_back_bit_for_bit(self, state, tmp_path):
         for kind in (state, state.to(dtype=torch.bfloat16), state[1:], state[0].fork(2)):
@@ -188,6 +246,15 @@ class TestFiles:
                 assert new.dtype == old.dtype
                 assert_close(new, old.detach(), rtol=0, atol=0)
         assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+    @pytest.mark.parametrize(("asked", "found"), [(None, "meta"), ("cpu", "cpu")])
+    def test_it_goes_where_it_is_asked_to_or_to_torchs_default(
+        self, state, tmp_path, asked, found
+    ):
+        state.save(tmp_path / "state")
+        with torch.device("meta"):
+            again = ModelState.load(tmp_path / "state", device=asked)
+        assert {tensor.device.type for tensor in tensors(again)} == {found}
 
     def test_a_state_without_a_convolution_too(self, tmp_path):
         config = dataclasses.replace(CONFIG, d_conv=1)

@@ -155,7 +155,6 @@ def test_a_nan_stays_in_its_sequence(module):
     assert gradient[others].isfinite().all()
 
 
-@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("shape", "kind", "message"),
     [
@@ -177,7 +176,6 @@ def test_what_tells_no_sequences_apart_is_refused(module, shape, kind, message):
         module(draw(*shape), **kind)
 
 
-@pytest.mark.refuses
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_state_of_another_number_of_sequences_is_refused(module, part):
     state = list(draw_state(3))

@@ -77,6 +77,8 @@ def read_layers(
             )
     count = sum(name.endswith(".ssm") for name in tensors)
     names = [f"layers.{i}.{part}" for i in range(count) for part in MixerState._fields]
+    if device is None:
+        device = torch.get_default_device()
     # a copy, because what the file gives is a view of the mapped file
     owned = {name: tensor.to(device=device, copy=True) for name, tensor in tensors.items()}
     parts = [owned.pop(name, None) for name in names]

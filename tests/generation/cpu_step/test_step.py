@@ -153,7 +153,7 @@ def test_the_number_of_threads_changes_no_bit(library, make_model, draw, weights
     threads = torch.get_num_threads()
     try:
         outputs = []
-        for count in (1, 2, 5):
+        for count in (1, 2, 5, 20):
             torch.set_num_threads(count)
             outputs.append(step(tokens[:, 1], step(tokens[:, 0]).state))
     finally:

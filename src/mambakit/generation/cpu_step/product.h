@@ -68,6 +68,21 @@ MAMBAKIT_INLINE Vec<float> widen_first(const T* p, int64_t count) {
   return widen(buffer);
 }
 
+// sum + a b, rounded once if the processor can. Left to compilers the sum is fused in some of the
+// forms that a loop is compiled in and not in others (GCC 13 does so where it expects a chain of
+// sums to wait), and what a vector gives would depend on how many are multiplied beside it.
+MAMBAKIT_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> sum) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+  return (Vec<float>)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+  return sum + a * b;
+#endif
+}
+
 // ---------------------------------------------------------------- sums over lanes
 
 // Which lane of the pair (a, b) lane `lane` of the other summand comes from: its partner in a
@@ -168,7 +183,9 @@ struct FloatVectors {
         for (int i = 0; i < count_rows; ++i) w[i] = widen(rows + i * columns + k + step);
         for (int j = 0; j < count_x; ++j) {
           const Vec<float> v = load(x + j * stride + k + step);
-          for (int i = 0; i < count_rows; ++i) sum[i * count_x + j] += w[i] * v;
+          for (int i = 0; i < count_rows; ++i) {
+            sum[i * count_x + j] = multiply_add(w[i], v, sum[i * count_x + j]);
+          }
         }
       }
     }
@@ -178,7 +195,9 @@ struct FloatVectors {
       for (int i = 0; i < count_rows; ++i) w[i] = widen_first(rows + i * columns + k, count);
       for (int j = 0; j < count_x; ++j) {
         const Vec<float> v = widen_first(x + j * stride + k, count);
-        for (int i = 0; i < count_rows; ++i) sum[i * count_x + j] += w[i] * v;
+        for (int i = 0; i < count_rows; ++i) {
+          sum[i * count_x + j] = multiply_add(w[i], v, sum[i * count_x + j]);
+        }
       }
     }
     sum_all<count_rows, count_x>(sum, sums);

@@ -126,7 +126,7 @@ void normalise(const float* x, const float* gain, double eps, int64_t size, floa
   Vec<float> squares{};
   for (int64_t i = 0; i < size; i += width) {
     const Vec<float> v = load_up_to(x + i, size - i);
-    squares += v * v;
+    squares = multiply_add(v, v, squares);
   }
   float sum;
   sum_lanes<1>(&squares, &sum);
@@ -319,11 +319,11 @@ class Token {
         Vec<float> sum = layer.conv_bias ? load_up_to(layer.conv_bias + c, count) : Vec<float>{};
         for (int64_t k = 0; k < past; ++k) {
           const Vec<float> v = old ? load_up_to(old + k * d_ + c, count) : Vec<float>{};
-          sum += load_up_to(layer.conv + k * d_ + c, count) * v;
+          sum = multiply_add(load_up_to(layer.conv + k * d_ + c, count), v, sum);
           if (k > 0) store_up_to(kept + (k - 1) * d_ + c, v, count);
         }
         if (past > 0) store_up_to(kept + (past - 1) * d_ + c, x, count);
-        sum += load_up_to(layer.conv + past * d_ + c, count) * x;
+        sum = multiply_add(load_up_to(layer.conv + past * d_ + c, count), x, sum);
         store_up_to(u + c, sum * sigmoid<float>(sum), count);
       }
     }
