@@ -83,7 +83,9 @@ extern unsigned int part; // how many threads the PART_BARRIER waits for
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 static inline void __syncthreads() { emulator::wait(emulator::BLOCK_BARRIER); }
-static inline int made_here(int x) { return x; }
+template <class T> static inline T made_here(T x) { return x; }
+template <int COUNT> static inline void take_registers() {}
+template <int COUNT> static inline void leave_registers() {}
 static inline void barrier_of(int threads) {
     emulator::part = (unsigned int)threads;
     emulator::wait(emulator::PART_BARRIER);

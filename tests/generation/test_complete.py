@@ -51,7 +51,8 @@ def test_a_row_that_has_ended_leaves_the_batch(model, prompts):
     ]
     assert lists(done.tokens) == expected
     assert done.finish_reasons == ("stop_token", "stop_token", "length", "stop_token")
-    assert sizes[3:] == [sum(len(row) > k for row in expected) for k in range(1, 8)]
+    late = model.device.type == "cuda"  # which looks at a token while the next is computed
+    assert sizes[3:] == [sum(len(row) + late > k for row in expected) for k in range(1, 8)]
 
 
 def test_the_repetition_penalty_follows_rows_that_leave_the_batch(model, prompts):

@@ -13,6 +13,7 @@ from mambakit.generation.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    likeliest,
     penalise_repetition,
     pick,
 )
@@ -119,6 +120,40 @@ def test_neutral_settings_change_nothing():
     logits = torch.randn(2, 9)
     rules = SamplingRules(1.0, 9, 1.0, 0.0, 1.0)
     assert_close(rules.apply(logits), logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9])
+def test_top_p_of_what_other_rules_have_left_is_that_of_all(p):
+    logits = 2 * torch.randn(3, 60).round()  # of many that are equally likely
+    left = keep_top_k(logits, 5)
+    wanted = torch.full_like(left, -torch.inf)
+    for row, scores in enumerate(left):
+        (few,) = (scores > -torch.inf).nonzero(as_tuple=True)
+        wanted[row, few] = keep_top_p(scores[None, few], p)[0]
+    assert_close(keep_top_p(left, p), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [7, 50280])
+def test_the_likeliest_is_the_first_of_the_largest(width):
+    scores = torch.randn(4, width + 3).round()[:, :width]
+    scores[1] = -torch.inf
+    scores[2, width // 2] = torch.nan
+    scores[3, 2] = torch.inf
+    tokens, best = likeliest(scores)
+    assert tokens.tolist() == scores.argmax(dim=-1).tolist()
+    assert_close(best, scores.amax(dim=-1), rtol=0, atol=0, equal_nan=True)
+    assert best.isfinite().tolist() == [True, False, False, False]
+    assert likeliest(scores[:0]).tokens.shape == (0,)
+
+
+@pytest.mark.parametrize("rules", [SamplingRules(0), SamplingRules(0.3, 3), SamplingRules()])
+def test_a_choice_tells_whether_there_was_one(rules):
+    scores = torch.randn(4, 9)
+    scores[1] = -torch.inf
+    scores[2, 1] = torch.nan
+    scores[3, 2] = torch.inf
+    choice = rules.choose_scored(scores, u=torch.rand(4, dtype=torch.float64))
+    assert choice.best.isfinite().tolist() == [True, False, False, False]
 
 
 def test_temperature_zero_takes_the_first_of_the_most_likely():

@@ -57,6 +57,7 @@ def emulated(monkeypatch, chosen_device):
     monkeypatch.setattr(_cuda, "kernel", emulator.kernel)
     monkeypatch.setattr(_cuda, "multiprocessors", lambda _: emulator.MULTIPROCESSORS)
     monkeypatch.setattr(_cuda, "shared_memory", lambda _: emulator.SHARED_MEMORY)
+    monkeypatch.setattr(_cuda, "hands_over_registers", lambda _: True)
     return torch.device("cpu")
 
 

@@ -26,7 +26,7 @@ BUILDS = [
 ]
 
 # Bytes of shared memory that a block may have.
-ARCHITECTURES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+ARCHITECTURES = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024}
 
 try:
     _cuda.version()
@@ -43,10 +43,12 @@ def name_of(build):
 
 
 def compilations():
-    """Every build for sm_90; for the others, float16, which is bfloat16's twin, is left out."""
-    for arch in ("sm_80", "sm_90", "sm_100"):
+    """Every build for sm_90a; for the others, not float16, which is bfloat16's twin."""
+    for arch in ARCHITECTURES:
         for build in BUILDS:
-            if arch == "sm_90" or "fp16" not in dict(build[1]).values():
+            defines = dict(build[1])
+            others = "fp16" not in defines.values() and defines.get("HAND_OVER") != "1"
+            if arch == "sm_90a" or others:
                 yield pytest.param(build, arch, id=f"{arch}-{name_of(build)}")
 
 
@@ -119,6 +121,15 @@ def test_machine_code_is_kept_until_anything_changes(source, compiled):
     assert len(compiled) == 5
     kept = list(_cuda.cache_folder().iterdir())
     assert [path.suffix for path in kept] == [".cubin"] * 5
+
+
+@pytest.mark.parametrize(("best", "arch"), [(80, "sm_80"), (90, "sm_90a"), (100, "sm_100")])
+def test_registers_are_handed_over_on_hopper_alone(monkeypatch, best, arch):
+    monkeypatch.setattr(_cuda, "_best_arch", lambda _: best)
+    _cuda._arch.cache_clear()
+    assert _cuda._arch(0) == arch
+    assert _cuda.hands_over_registers(0) == (best == 90)
+    _cuda._arch.cache_clear()
 
 
 @needs_nvrtc

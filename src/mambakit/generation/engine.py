@@ -17,6 +17,9 @@ from .sampling import SamplingRules
 from .stepping import stepper
 from .stopping import FinishReason, Stopping
 
+# Devices that have computed what they are asked for by the time they answer.
+_AT_ONCE = {"cpu"}
+
 LogitsProcessor = Callable[[Float[Tensor, "b v"], list[Int[Tensor, " l"]]], Tensor]
 """Changes the scores of the next token, given each row's tokens so far."""
 
@@ -104,6 +107,24 @@ def require_scored(fine: Bool[Tensor, " b"], rows: Sequence[int]) -> None:
         )
 
 
+def _send_here(*numbers: Tensor) -> Callable[[], list[Tensor]]:
+    """Send numbers to the host; the call that is returned waits until they have arrived.
+
+    It waits for nothing that a GPU is given to do after them.
+    """
+    here = [part.to("cpu", non_blocking=part.is_cuda) for part in numbers]
+    if not numbers[0].is_cuda:
+        return lambda: here
+    sent = torch.cuda.Event()
+    sent.record(torch.cuda.current_stream(numbers[0].device))
+
+    def arrive() -> list[Tensor]:
+        sent.synchronize()
+        return here
+
+    return arrive
+
+
 def mark_seen(model: MambaLM, rows: Rows) -> Bool[Tensor, "b v"]:
     """Return which ids of the vocabulary each row holds."""
     seen = torch.zeros(
@@ -117,7 +138,8 @@ def mark_seen(model: MambaLM, rows: Rows) -> Bool[Tensor, "b v"]:
 class Decoding:
     """Decode rows side by side; a row that has ended leaves the batch.
 
-    It is iterated over once, and works only as far as it is asked.
+    It is iterated over once, and works only as far as it is asked; or one step further, on a
+    GPU whose tokens are looked at.
 
     Args:
         model: The language model.
@@ -180,25 +202,35 @@ class Decoding:
         device = self._model.device
         texts = [row for row in self._prompts for _ in range(samples)]
         seen = mark_seen(self._model, texts) if plan.rules.repetition_penalty != 1 else None
-        # On a GPU a look at a number waits for it, so nobody looks without a reason.
-        looks = not self._stopping.blind or device.type == "cpu"
-        fine = torch.ones(len(rows), dtype=torch.bool, device=device)
+        # On a GPU a look at a number waits for it, so nobody looks without a reason. Where
+        # somebody does, the next step is on its way meanwhile: a row that has ended is computed
+        # once for nothing, and the GPU never waits for a look.
+        at_once = device.type in _AT_ONCE
+        looks = at_once or not self._stopping.blind
+        early = looks and not at_once
+        unseen: Tensor | None = None
         chance = RowChance(self._keys, device)
         logits, state = read(self._model, self._prompts, self._before, samples)
         for k in range(plan.max_new_tokens):
-            scores = plan.scores(logits, texts)
-            fine = fine & is_scored(scores)
-            if looks:
-                require_scored(fine, rows)
+            last = k + 1 == plan.max_new_tokens
+            reasons: Sequence[FinishReason | None] = [None] * len(rows)
             met = None if seen is None else seen[:, : plan.vocab_size]
             u = None if plan.rules.greedy else chance.draw()
-            tokens = plan.rules.choose(scores, met, u)
-            reasons = self._look(rows, tokens)
-            if k + 1 == plan.max_new_tokens:
+            tokens, best = plan.rules.choose_scored(plan.scores(logits, texts), met, u)
+            arrive = _send_here(tokens, best) if looks else None
+            ahead = self._step(tokens, state) if early and not last else None
+            if arrive is not None:
+                known, best = arrive()
+                require_scored(best.isfinite(), rows)
+                reasons = self._look(rows, known)
+            else:
+                # 0 times what is no finite number is NaN, which no sum loses: one kernel
+                unseen = best if unseen is None else torch.add(unseen, best, alpha=0)
+                if last:
+                    require_scored(unseen.isfinite(), rows)
+            if last:
                 reasons = [reason or "length" for reason in reasons]
             stay = [i for i, reason in enumerate(reasons) if reason is None]
-            if not stay:
-                require_scored(fine, rows)
             if len(stay) < len(rows):
                 self._retire(rows, state, reasons)
             yield Chosen(rows, tokens, *plan.report(logits, tokens))
@@ -215,10 +247,13 @@ class Decoding:
                 rows = [rows[i] for i in stay]
                 texts = [texts[i] for i in stay]
                 at = torch.tensor(stay, device=device)
-                tokens, state, fine = tokens[at], state[at], fine[at]
                 seen = None if seen is None else seen[at]
                 chance.keep(stay)
-            logits, state = self._step(tokens, state)
+                if ahead is None:
+                    tokens, state = tokens[at], state[at]
+                else:
+                    ahead = ahead[0][at], ahead[1][at]
+            logits, state = self._step(tokens, state) if ahead is None else ahead
 
     def _look(self, rows: list[int], tokens: Tensor) -> Sequence[FinishReason | None]:
         if self._stopping.blind:

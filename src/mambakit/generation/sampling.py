@@ -6,7 +6,7 @@ a rule forbids gets minus infinity. ``p = softmax(logits)`` below is taken over 
 
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -79,6 +79,11 @@ def keep_top_p(logits: Float[Tensor, "b v"], p: float) -> Float[Tensor, "b v"]:
         >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.7).exp()
         tensor([[0.5000, 0.3000, 0.0000]])
     """
+    if logits.device.type == "cpu":  # elsewhere their number would have to be waited for
+        allowed = (logits != -torch.inf).any(dim=0).nonzero()[:, 0]
+        if 0 < len(allowed) < logits.shape[-1]:
+            few = keep_top_p(logits[:, allowed], p)
+            return torch.full_like(logits, -torch.inf).index_copy(1, allowed, few)
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
@@ -109,6 +114,33 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+class Choice(NamedTuple):
+    """The token chosen for each row, and the ``best`` of the row's scores.
+
+    ``best`` is finite if and only if the scores are numbers that allow at least one token; the
+    row's token means nothing where it is not.
+    """
+
+    tokens: Int[Tensor, " b"]
+    best: Float[Tensor, " b"]
+
+
+def likeliest(scores: Float[Tensor, "b v"]) -> Choice:
+    """Choose the token with the largest score, of equal ones the first.
+
+    Example:
+        >>> likeliest(torch.tensor([[1.0, 3.0, 3.0], [0.0, torch.nan, 2.0]]))
+        Choice(tokens=tensor([1, 1]), best=tensor([3., nan]))
+    """
+    if scores.device.type != "cpu":
+        best, tokens = scores.max(dim=-1)
+        return Choice(tokens, best)
+    # NumPy's is up to twenty times as fast as PyTorch's on a CPU, where rows lie dense.
+    rows = scores.detach().numpy()
+    tokens = torch.tensor([int(row.argmax()) for row in rows], dtype=torch.int64)
+    return Choice(tokens, scores.gather(1, tokens[:, None])[:, 0])
 
 
 @dataclass(frozen=True)
@@ -172,9 +204,16 @@ class SamplingRules:
             logits: Scores of the next token.
             seen: Which tokens each row has met; needed by ``repetition_penalty`` alone.
         """
+        return self._narrow(self._penalise(logits, seen))
+
+    def _penalise(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         logits = logits.float()
-        if self.repetition_penalty != 1 and seen is not None:
-            logits = penalise_repetition(logits, seen, self.repetition_penalty)
+        if self.repetition_penalty == 1 or seen is None:
+            return logits
+        return penalise_repetition(logits, seen, self.repetition_penalty)
+
+    def _narrow(self, logits: Tensor) -> Tensor:
+        """Apply the rules that leave the likeliest token the likeliest."""
         if self.greedy:
             return logits
         if self.temperature != 1:
@@ -200,10 +239,23 @@ class SamplingRules:
             seen: Which tokens each row has met; needed by ``repetition_penalty`` alone.
             u: Chance, one uniform number of [0, 1) for each row, float64; ``None`` asks torch.
         """
-        logits = self.apply(logits, seen)
+        return self.choose_scored(logits, seen, u).tokens
+
+    def choose_scored(
+        self,
+        logits: Float[Tensor, "b v"],
+        seen: Bool[Tensor, "b v"] | None = None,
+        u: Float[Tensor, " b"] | None = None,
+    ) -> Choice:
+        """Choose as ``choose`` does, and tell whether there was anything to choose from."""
+        logits = self._penalise(logits, seen)
         if self.greedy:
-            return logits.argmax(dim=-1)
-        return pick((logits - logits.amax(dim=-1, keepdim=True)).exp(), u)
+            return likeliest(logits)
+        best = logits.amax(dim=-1, keepdim=True)
+        # what becomes of the largest, as of all others; the other rules leave it as it is
+        top = best if self.temperature == 1 else apply_temperature(best, self.temperature)
+        odds = (self._narrow(logits) - top).exp()
+        return Choice(pick(odds, u), best[:, 0])
 
 
 def pick(odds: Float[Tensor, "b v"], u: Float[Tensor, " b"] | None = None) -> Int[Tensor, " b"]:

@@ -165,6 +165,17 @@ def check_state(
         raise ValueError(
             f"{step}: state must be a ModelState or None, got {type(state).__name__}"
         )
+    stacks = state.stacks
+    if (
+        stacks is not None
+        and stacks.conv.shape == (n_layer, *conv)
+        and stacks.ssm.shape == (n_layer, *ssm)
+        and stacks.conv.device == stacks.ssm.device == device
+        and not (
+            torch.is_grad_enabled() and (stacks.conv.requires_grad or stacks.ssm.requires_grad)
+        )
+    ):
+        return
     if len(state.layers) != n_layer:
         raise ValueError(
             f"{step}: state must have {n_layer} layers, got {len(state.layers)}: it is "

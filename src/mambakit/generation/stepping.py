@@ -19,10 +19,10 @@ def stepper(model: MambaLM, weights: cpu_step.Weights | None = None) -> Step:
         logits, state = step(tokens, state)     is     model(tokens[:, None], state)
 
     The step may be of any number of rows at each call: rows leave a batch when they end. On a
-    CPU it is one compiled call, where ``cpu_step.refusal`` has nothing against the model, and
-    on a GPU one CUDA graph, where ``weights`` are asked for and ``gpu_step.refusal`` has
-    nothing; elsewhere it is the model's own forward. The first two give no gradients: they are
-    for ``torch.no_grad`` or ``torch.inference_mode``.
+    GPU it is one CUDA graph, where ``gpu_step.refusal`` has nothing against the model, and on a
+    CPU one compiled call, where ``cpu_step.refusal`` has nothing; elsewhere it is the model's
+    own forward. The first two give no gradients: they are for ``torch.no_grad`` or
+    ``torch.inference_mode``.
 
     Args:
         model: The language model.
@@ -41,15 +41,14 @@ def stepper(model: MambaLM, weights: cpu_step.Weights | None = None) -> Step:
         ...     logits, _ = stepper(model)(tokens[:, 9], model(tokens[:, :9]).state)
         ...     torch.testing.assert_close(logits, model(tokens).logits[:, 9])
     """
-    reasons = gpu_step.refusal(model), cpu_step.refusal(model)
-    # With its own weights a model on a GPU is decoded by its forward until the graph has been
-    # compared with it on a GPU: so far that was done in the emulator alone.
-    if weights is not None and reasons[0] is None:
+    why_no_gpu = gpu_step.refusal(model)
+    if why_no_gpu is None:
         return gpu_step.GPUStep(model, weights)
-    if reasons[1] is None:
+    why_no_cpu = cpu_step.refusal(model)
+    if why_no_cpu is None:
         return cpu_step.CPUStep(model, weights)
     if weights is not None:
-        why = reasons[model.device.type != "cuda"]
+        why = why_no_gpu if model.device.type == "cuda" else why_no_cpu
         raise RuntimeError(f"generate: weights must be None here, got {weights!r}: {why}")
 
     def step(tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:

@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mambakit.modules import MixerState
@@ -41,8 +42,43 @@ class ModelState:
 
     layers: tuple[MixerState, ...]
 
+    @classmethod
+    def stacked(
+        cls, conv: Float[Tensor, "k b d p"], ssm: Float[Tensor, "k b d n"]
+    ) -> "ModelState":
+        """Return the state of ``k`` layers that are the slices of two tensors.
+
+        A step that goes on from it finds the tensors as ``stacks``, whole; the layers, which
+        are views of them, are made when somebody looks.
+
+        Example:
+            >>> state = ModelState.stacked(torch.zeros(2, 3, 32, 3), torch.zeros(2, 3, 32, 16))
+            >>> len(state), state.layers[1].ssm.shape
+            (3, torch.Size([3, 32, 16]))
+        """
+        state = cls.__new__(cls)
+        object.__setattr__(state, "_stacks", MixerState(conv, ssm))
+        return state
+
+    @property
+    def stacks(self) -> MixerState | None:
+        """All layers' states along a first axis more, where they are held so; or ``None``."""
+        return self.__dict__.get("_stacks")
+
+    if not TYPE_CHECKING:  # to a checker this would be a promise of every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            # asked only for what is not there, as the layers of stacks are not at first
+            if name != "layers" or self.stacks is None:
+                raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}")
+            layers = tuple(map(MixerState, *(part.unbind() for part in self.stacks)))
+            object.__setattr__(self, name, layers)
+            return layers
+
     def __len__(self) -> int:
         """Return the number of sequences."""
+        if self.stacks is not None:
+            return self.stacks.ssm.shape[1]
         return self.layers[0].ssm.shape[0]
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "ModelState":
@@ -56,6 +92,8 @@ class ModelState:
             IndexError: There is no such sequence.
         """
         index = self._rows(index)
+        if self.stacks is not None:
+            return type(self).stacked(*(part[:, index] for part in self.stacks))
         return type(self)(tuple(layer.rows(index) for layer in self.layers))
 
     def with_rows(
@@ -152,6 +190,8 @@ class ModelState:
 
     def detach(self) -> "ModelState":
         """Return the same numbers, cut off from the graph: truncated backpropagation's cut."""
+        if self.stacks is not None:
+            return type(self).stacked(*self.stacks.detach())
         return type(self)(tuple(layer.detach() for layer in self.layers))
 
     def to(
@@ -163,6 +203,8 @@ class ModelState:
 
         The scans' own states keep at least float32.
         """
+        if self.stacks is not None:
+            return type(self).stacked(*self.stacks.to(device=device, dtype=dtype))
         return type(self)(tuple(layer.to(device=device, dtype=dtype) for layer in self.layers))
 
     @property
@@ -225,7 +267,7 @@ class ModelState:
 
     @property
     def _device(self) -> torch.device:
-        return self.layers[0].ssm.device
+        return (self.stacks or self.layers[0]).ssm.device
 
     def _rows(self, index: int | slice | Sequence[int] | Tensor) -> slice | Tensor:
         if isinstance(index, slice | Tensor):

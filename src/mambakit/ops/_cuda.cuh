@@ -24,9 +24,25 @@ DEVICE int made_here(int x) {
     return x;
 }
 
+// The same address in shared memory, likewise. It takes one register, and what lies a constant away
+// from it takes none.
+template <class T> DEVICE T* made_here(T* shared) {
+    unsigned int at = static_cast<unsigned int>(__cvta_generic_to_shared(shared));
+    asm volatile("" : "+r"(at));
+    return (T*)__cvta_shared_to_generic(at);
+}
+
 // A barrier for some warps of a block, of `threads` threads in all; the others take no part. All
 // such barriers of a kernel are between the same warps.
 DEVICE void barrier_of(int threads) { asm volatile("bar.sync 1, %0;" : : "r"(threads) : "memory"); }
+
+// Registers of each thread from here on, for all of four neighbouring warps; of sm_90a alone.
+template <int COUNT> DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(COUNT));
+}
+template <int COUNT> DEVICE void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(COUNT));
+}
 
 // All 32 lanes of the warp must call these together.
 template <class T> DEVICE T shuffle_xor(T value, int mask) {

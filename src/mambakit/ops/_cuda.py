@@ -164,16 +164,22 @@ def compile(source: Path, defines: Defines, arch: str) -> bytes:
     Raises:
         RuntimeError: NVRTC is missing, or refuses the source; its log is in the message.
     """
-    return compile_with_log(source, defines, arch).cubin
+    return _compile(source, defines, arch).cubin
 
 
 def compile_with_log(source: Path, defines: Defines, arch: str) -> Compiled:
     """Compile as ``compile`` does; the log tells registers and spills of each kernel."""
+    # from 12.8 on NVRTC may find the code in the driver's cache, and then there is no log
+    return _compile(source, defines, arch, *(["--no-cache"] if version() >= (12, 8) else []))
+
+
+def _compile(source: Path, defines: Defines, arch: str, *more: str) -> Compiled:
     version()
     from cuda.bindings import nvrtc
 
     options = [
         *_OPTIONS,
+        *more,
         f"--gpu-architecture={arch}",
         f"--include-path={OPS}",
         f"--include-path={source.parent}",
@@ -373,7 +379,14 @@ def _best_arch(device_index: int) -> int | None:
 
 @cache
 def _arch(device_index: int) -> str:
-    return f"sm_{_best_arch(device_index)}"
+    # what only this GPU has, as registers handed over, is known by a letter
+    best = _best_arch(device_index)
+    return "sm_90a" if best == 90 else f"sm_{best}"
+
+
+def hands_over_registers(device_index: int) -> bool:
+    """Say whether warps of a block can give registers to others (``setmaxnreg``)."""
+    return _arch(device_index) == "sm_90a"
 
 
 def _check(library: str, status: Any, what: str, log: str = "") -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mambakit import MambaConfig, MambaLM
-from mambakit.generation.gpu_step import packing, step
+from mambakit.generation.gpu_step import library, packing, step
 from mambakit.ops import _cuda
 from tests import emulator
 
@@ -34,8 +34,15 @@ def emulated(monkeypatch, chosen_device):
         pytest.skip(why_not)
     monkeypatch.setattr(_cuda, "kernel", emulator.kernel)
     monkeypatch.setattr(_cuda, "multiprocessors", lambda _: emulator.MULTIPROCESSORS)
+    monkeypatch.setattr(_cuda, "shared_memory", lambda _: emulator.SHARED_MEMORY)
+    monkeypatch.setattr(library, "multiply", multiply)
     monkeypatch.setattr(step, "_DEVICE", "cpu")
     monkeypatch.setattr(step, "_why_no_kernels", lambda _: None)
+
+
+def multiply(a, b, out):
+    """What PyTorch's products of short numbers are on a GPU: sums in float32, rounded once."""
+    out.copy_(a.float() @ b.float())
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import torch
 
 from mambakit.generation.gpu_step.launches import Sizes, specialisations
 from mambakit.generation.gpu_step.packing import factor
+from mambakit.generation.gpu_step.tiling import GPU
 from mambakit.ops import _cuda
 
-PROCESSORS = 132
+H200 = GPU(132, 227 * 1024)
 VOCABULARY = 50280
 
 try:
@@ -42,7 +43,7 @@ def compilations():
     for arch, model, (dtype, storage), b in wanted:
         m, d, n, r = MODELS[model]
         sizes = Sizes(dtype, storage, factor(dtype, storage), m, n, r, 4)
-        for build in specialisations(sizes, d, VOCABULARY, b, PROCESSORS):
+        for build in specialisations(sizes, d, VOCABULARY, b, H200):
             if (arch, build) not in seen:
                 seen.add((arch, build))
                 source, defines = build

@@ -9,6 +9,7 @@ import torch
 from mambakit.generation.gpu_step.graph import Graph
 
 STREAM = 7
+DEVICE = 1
 
 
 @pytest.fixture
@@ -18,7 +19,11 @@ def driver(monkeypatch, chosen_device):
         pytest.skip("there is a driver, which the other tests ask")
     driver = pytest.importorskip("cuda.bindings.driver")
     good = driver.CUresult.CUDA_SUCCESS
-    noted = {"calls": [], "status": dict.fromkeys(("end", "instantiate", "launch"), good)}
+    noted = {
+        "device": DEVICE,
+        "calls": [],
+        "status": dict.fromkeys(("end", "instantiate", "launch"), good),
+    }
 
     def note(name, *values):
         def call(*arguments):
@@ -26,6 +31,12 @@ def driver(monkeypatch, chosen_device):
             return (noted["status"].get(name, good), *values)
 
         return call
+
+    @contextlib.contextmanager
+    def chosen(device):
+        before, noted["device"] = noted["device"], device
+        yield
+        noted["device"] = before
 
     class Stream:
         cuda_stream = STREAM
@@ -37,27 +48,37 @@ def driver(monkeypatch, chosen_device):
     monkeypatch.setattr(driver, "cuGraphLaunch", note("launch"))
     monkeypatch.setattr(driver, "cuGraphExecDestroy", note("give back"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: noted["device"], raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", note("products"))
     monkeypatch.setattr(torch.cuda, "synchronize", note("wait"))
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", chosen)
     monkeypatch.setattr(torch, "device", lambda index: index)
     return noted
 
 
 def test_a_graph_is_captured_launched_and_given_back(driver):
-    graph = Graph(0, lambda: driver["calls"].append("queued"))
+    graph = Graph(DEVICE, lambda: driver["calls"].append("queued"))
     thread_local = 1
-    captured = [("begin", STREAM, thread_local), "queued", ("end", STREAM)]
+    captured = [("products",), ("begin", STREAM, thread_local), "queued", ("end", STREAM)]
     assert driver["calls"] == [*captured, ("instantiate", 11, 0), ("destroy", 11)]
     driver["calls"].clear()
     graph.launch()
     graph.launch()
-    assert driver["calls"] == [("launch", 12, STREAM)] * 2
+    assert driver["calls"] == [("launch", 12, STREAM + DEVICE)] * 2
+    driver["calls"].clear()
+    driver["device"] = 0
+    graph.launch()
+    assert driver["calls"] == [("launch", 12, STREAM + DEVICE)]
+    assert driver["device"] == 0
     driver["calls"].clear()
     del graph
     gc.collect()
-    assert driver["calls"] == [("wait", 0), ("give back", 12)]
+    assert driver["calls"] == [("wait", DEVICE), ("give back", 12)]
 
 
 def test_what_the_driver_refuses_is_told(driver):
@@ -71,7 +92,7 @@ def test_what_the_driver_refuses_is_told(driver):
     ):
         driver["status"][name] = refused
         with pytest.raises(RuntimeError, match=f"could not {sentence}: CUDA_ERROR_INVALID"):
-            Graph(0, lambda: None).launch()
+            Graph(DEVICE, lambda: None).launch()
         driver["status"][name] = CUresult.CUDA_SUCCESS
 
 
@@ -80,5 +101,5 @@ def test_what_fails_while_it_is_queued_ends_the_capture(driver):
         raise RuntimeError("no such kernel")
 
     with pytest.raises(RuntimeError, match="no such kernel"):
-        Graph(0, fail)
-    assert [call[0] for call in driver["calls"]] == ["begin", "end"]
+        Graph(DEVICE, fail)
+    assert [call[0] for call in driver["calls"]] == ["products", "begin", "end"]

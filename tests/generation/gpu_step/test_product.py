@@ -5,8 +5,18 @@ import torch
 
 from mambakit.generation.cpu_step.library import step_library
 from mambakit.generation.gpu_step import launches, packing
-from mambakit.generation.gpu_step.launches import Call, Sizes
-from mambakit.generation.gpu_step.tiling import _slices, _step, group, room, tile
+from mambakit.generation.gpu_step.arguments import Call, ProductArguments
+from mambakit.generation.gpu_step.launches import Sizes
+from mambakit.generation.gpu_step.tiling import (
+    GPU,
+    Tiling,
+    _slices,
+    _step,
+    group,
+    room,
+    tile,
+    tile_scan,
+)
 from mambakit.ops import _cuda, _native
 
 ROWS = 75
@@ -35,7 +45,7 @@ def test_any_tiling_gives_the_product(storage, factor, rows, columns, k, spans):
     spans = -(-packed.columns // span)
     sums = torch.full((spans, b, ROWS), torch.nan)
     call = torch.tensor(list(bytes(Call(b))), dtype=torch.uint8)
-    arguments = launches._ProductArguments(
+    arguments = ProductArguments(
         call=call.data_ptr(),
         matrix=packed.weights.data_ptr(),
         scales=None if packed.scales is None else packed.scales.data_ptr(),
@@ -52,7 +62,7 @@ def test_any_tiling_gives_the_product(storage, factor, rows, columns, k, spans):
     kernel = _cuda.kernel(
         launches.PRODUCT,
         "product",
-        sizes.product(rows, columns, stages, "SUMS"),
+        sizes.product(Tiling(rows, columns, stages, span, spans, shared), "SUMS"),
         sums.get_device(),
         shared,
     )
@@ -86,9 +96,10 @@ def test_int8_weights_are_those_of_the_cpu():
 @pytest.mark.parametrize("readers", [0, 1, 64])
 @pytest.mark.parametrize("b", [1, 3, 16, 100, 1000])
 @pytest.mark.parametrize(("weight", "factor"), [(4, 4), (2, 2), (1, 2)])
-def test_a_tiling_covers_the_product(weight, factor, b, readers):
+@pytest.mark.parametrize("shared", [99 * 1024, 227 * 1024])
+def test_a_tiling_covers_the_product(weight, factor, b, readers, shared):
     for rows, columns in ((8192, 2048), (160, 4096), (16, 16), (50280, 768)):
-        cut = tile(rows, columns, b, weight, factor, 132, readers)
+        cut = tile(rows, columns, b, weight, factor, GPU(132, shared), readers)
         x, y, z = cut.grid(rows, b)
         assert (x - 1) * cut.rows < rows <= x * cut.rows
         assert (y - 1) * cut.columns < b <= y * cut.columns
@@ -96,9 +107,23 @@ def test_a_tiling_covers_the_product(weight, factor, b, readers):
         assert z == 1 or readers
         step, stage = _step(cut.rows, cut.columns, weight, factor)
         assert cut.span % step == 0
-        assert cut.stages * stage <= cut.shared_bytes <= 100 * 1024
+        assert cut.stages * stage <= cut.shared_bytes <= min(shared, 110 * 1024)
         assert cut.stages >= 2
         assert factor == 2 or cut.columns <= 16
+
+
+@pytest.mark.parametrize("b", [32, 48, 128, 1000])
+@pytest.mark.parametrize("n", [16, 32])
+@pytest.mark.parametrize(("d", "r"), [(1536, 48), (4096, 128), (8192, 256), (96, 3)])
+@pytest.mark.parametrize("shared", [99 * 1024, 227 * 1024])
+def test_a_tiling_covers_the_scan(shared, d, r, n, b):
+    cut = tile_scan(b, d, n, r, GPU(132, shared))
+    x, y, _ = cut.grid(d, b)
+    assert (x - 1) * 128 < d <= x * 128
+    assert (y - 1) * cut.sequences < b <= y * cut.sequences
+    assert cut.slots >= 2
+    assert cut.shared_bytes <= min(shared, 110 * 1024)
+    assert x * y <= 2 * 132 or cut.sequences == 32
 
 
 def test_rooms_and_groups():

@@ -9,10 +9,12 @@ from torch.testing import assert_close
 
 from mambakit import MambaConfig, MambaLM
 from mambakit.generation import generate
-from mambakit.generation.gpu_step import GPUStep, refusal, step as step_module
+from mambakit.generation.gpu_step import GPUStep, launches, refusal, step as step_module
+from mambakit.generation.gpu_step.library import Multiplication
 from mambakit.generation.stepping import stepper
 from mambakit.models import ModelState
 from mambakit.modules import MixerState
+from mambakit.ops import _cuda
 
 from .conftest import SIZES
 
@@ -69,6 +71,11 @@ def test_equals_the_forward_for_any_number_of_sequences(make_model, draw, b):
         (torch.float32, "int8", 3),
         (torch.bfloat16, "int8", 9),
         (torch.float16, "int8", 3),
+        # from here on a library multiplies the large matrices, or may not
+        (torch.bfloat16, None, 27),
+        (torch.float16, None, 33),
+        (torch.float32, "bf16", 27),
+        (torch.bfloat16, "int8", 27),
     ],
 )
 def test_errs_no_more_than_the_forward_in_short_numbers(
@@ -91,6 +98,65 @@ def test_errs_no_more_than_the_forward_in_short_numbers(
         state.layers, theirs.state.layers, wanted.state.layers, strict=True
     ):
         assert error(mine.ssm, best.ssm) <= _MOST * error(other.ssm, best.ssm)
+
+
+MANY = {
+    "no window": {"d_model": 24, "d_conv": 1, "dt_rank": 1},
+    "bias": {"d_model": 24, "d_conv": 2, "dt_rank": 3, "bias": True, "conv_bias": False},
+    "more channels than a block": {"d_model": 80, "dt_rank": 35, "d_conv": 3},
+    # of a rank of 1 a norm would leave the sign alone, which any rounding may turn
+    "norms": {"d_model": 16, "d_state": 32, "dt_rank": 8, "selection_norm_eps": 1e-6},
+    "odd vocabulary": {"d_model": 16, "pad_vocab_size_multiple": 1},
+    "window of 5": {"d_model": 16, "d_state": 32, "expand": 1, "d_conv": 5},
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_sequences_err_no_more_than_the_forward(
+    make_model, as_read, draw, name, monkeypatch
+):
+    # so few multiprocessors that a block has more sequences than it has room for at once
+    monkeypatch.setattr(_cuda, "multiprocessors", lambda _: 1)
+    model = make_model(torch.bfloat16, **({"d_state": 16} | MANY[name]))
+    tokens, exact = draw(45, 5), as_read(model, None)
+    step, state = GPUStep(model), None
+    for t in range(5):
+        logits, state = step(tokens[:, t], state)
+    wanted, theirs = exact(tokens), model(tokens)
+    assert error(logits, wanted.logits[:, 4]) <= _MOST * error(
+        theirs.logits[:, 4], wanted.logits[:, 4]
+    )
+    for mine, other, best in zip(
+        state.layers, theirs.state.layers, wanted.state.layers, strict=True
+    ):
+        assert error(mine.ssm, best.ssm) <= _MOST * error(other.ssm, best.ssm)
+        assert_close(mine.conv.float(), best.conv, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("b", [3, 40, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_start_early_unless_many_blocks_wait_for_places(
+    make_model, monkeypatch, dtype, b
+):
+    monkeypatch.setattr(launches, "_can_overlap", lambda _: True)
+    step = GPUStep(make_model(dtype, d_state=16))
+    rest = launches.Launches(step._packed, b).rest
+    early = [getattr(launch, "overlaps", False) for launch in rest]
+    by_library = [isinstance(launch, Multiplication) for launch in rest]
+    short = dtype == torch.bfloat16
+    assert any(by_library) == (short and b > 16)
+    assert early[0] is False
+    assert early[1:] == [(short or b == 3) and not library for library in by_library[1:]]
+
+
+def test_few_and_many_sequences_take_turns(make_model, draw):
+    step, tokens = GPUStep(make_model(torch.bfloat16, d_state=16)), draw(40, 3)
+    state = step(tokens[:, 0]).state
+    many = step(tokens[:, 1], state)
+    few = step(tokens[:5, 1], state[:5])
+    assert_close(many.logits[:5], few.logits, rtol=0.05, atol=0.05)
+    after = step(tokens[:, 2], many.state)
+    assert torch.equal(step(tokens[:33, 2], many.state[:33]).logits, after.logits[:33])
 
 
 def test_a_short_models_own_state_is_taken_and_given_back(make_model, draw):
@@ -118,12 +184,14 @@ def test_step_and_forward_take_turns(make_model, draw):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_does_not_see_its_neighbours(make_model, draw, dtype):
-    step, tokens = GPUStep(make_model(dtype)), draw(4, 2)
+@pytest.mark.parametrize("b", [4, 40])
+def test_a_sequence_does_not_see_its_neighbours(make_model, draw, b, dtype):
+    step, tokens = GPUStep(make_model(dtype, d_state=16)), draw(b, 2)
     before = step(tokens[:, 0]).state
     together = step(tokens[:, 1], before)
-    some = step(tokens[:3, 1], before[:3])
-    assert_equal_outputs(some, type(some)(together.logits[:3], together.state[:3]))
+    most = b - 1
+    some = step(tokens[:most, 1], before[:most])
+    assert_equal_outputs(some, type(some)(together.logits[:most], together.state[:most]))
 
 
 def test_a_state_is_a_value(make_model, draw):
@@ -149,16 +217,22 @@ def test_rows_of_a_state_may_be_gathered_and_forked(make_model, draw):
 def test_what_is_in_one_piece_is_not_copied(make_model, draw):
     model, tokens = make_model(), draw(3, 1)[:, 0]
     state = GPUStep(model)(tokens).state
-    conv, ssm = step_module._dense(state, torch.float32)
-    assert ssm.data_ptr() == state.layers[0].ssm.data_ptr()
-    assert conv.data_ptr() == state.layers[0].conv.data_ptr()
-    other = model(tokens[:, None]).state
-    for pieces in (other, state[torch.tensor([0, 1])], ModelState(state.layers[::-1])):
-        conv, ssm = step_module._dense(pieces, torch.float32)
-        assert ssm.data_ptr() != pieces.layers[0].ssm.data_ptr()
-        for i, layer in enumerate(pieces.layers):
+    for whole in (state, state.detach(), state.to(tokens.device), state[:]):
+        conv, ssm = step_module._in_one_piece(whole, torch.float32)
+        assert ssm.data_ptr() == state.layers[0].ssm.data_ptr()
+        assert conv.data_ptr() == state.layers[0].conv.data_ptr()
+    shifted = torch.empty(state.stacks.ssm.numel() + 1)[1:].view_as(state.stacks.ssm)
+    shifted = ModelState.stacked(state.stacks.conv, shifted.copy_(state.stacks.ssm))
+    short = state.to(dtype=torch.bfloat16)
+    pieces = model(tokens[:, None]).state, ModelState(state.layers[::-1]), state[1:]
+    for other in (*pieces, state[torch.tensor([0, 1])], shifted, short):
+        conv, ssm = step_module._in_one_piece(other, torch.float32)
+        assert conv.is_contiguous()
+        assert ssm.is_contiguous()
+        assert conv.data_ptr() % 16 == ssm.data_ptr() % 16 == 0
+        for i, layer in enumerate(other.layers):
             assert torch.equal(ssm[i], layer.ssm)
-            assert torch.equal(conv[i], layer.conv.transpose(1, 2))
+            assert torch.equal(conv[i], layer.conv.transpose(1, 2).float())
 
 
 def test_no_sequences_are_no_work(make_model, draw):
@@ -190,32 +264,37 @@ def test_weights_that_are_no_numbers_show(make_model, draw, weights, value):
     assert GPUStep(model, weights)(draw(2, 1)[:, 0]).logits.isnan().all()
 
 
-def test_a_state_that_is_no_number_spoils_its_own_row_alone(make_model, draw):
-    step, tokens = GPUStep(make_model(torch.bfloat16)), draw(3, 2)
+@pytest.mark.parametrize("b", [3, 35])
+def test_a_state_that_is_no_number_spoils_its_own_row_alone(make_model, draw, b):
+    step, tokens = GPUStep(make_model(torch.bfloat16, d_state=16)), draw(b, 2)
     state = step(tokens[:, 0]).state
     wanted = step(tokens[:, 1], state)
     spoilt = state.layers[0].ssm.clone()
     spoilt[1] = torch.nan
     layers = (MixerState(state.layers[0].conv, spoilt), *state.layers[1:])
     logits = step(tokens[:, 1], ModelState(layers)).logits
+    others = torch.arange(b) != 1
     assert logits[1].isnan().all()
-    assert torch.equal(logits[[0, 2]], wanted.logits[[0, 2]])
+    assert torch.equal(logits[others], wanted.logits[others])
 
 
 # ---------------------------------------------------------------- the life of a step
 
 
-def test_generation_takes_the_step_for_rounded_weights(make_model, draw):
+@pytest.mark.parametrize("weights", [None, "bf16"])
+def test_generation_takes_the_step(make_model, draw, weights):
     model = make_model()
-    assert isinstance(stepper(model, "bf16"), GPUStep)
-    assert not isinstance(stepper(model), GPUStep)
+    assert isinstance(stepper(model, weights), GPUStep)
     prompt = draw(2, 3)
-    tokens = generate(model, prompt, max_new_tokens=5, temperature=0, weights="bf16")
-    step, (logits, state) = GPUStep(model, "bf16"), model(prompt, last_only=True)
+    tokens = generate(model, prompt, max_new_tokens=5, temperature=0, weights=weights)
+    step, (logits, state) = GPUStep(model, weights), model(prompt, last_only=True)
     logits = logits[:, 0]
     for t in range(3, 8):
         assert torch.equal(tokens[:, t], logits[:, :257].argmax(dim=-1))
         logits, state = step(tokens[:, t], state)
+    if weights is None:
+        wanted = model(tokens[:, :-1]).logits[:, 2:, :257].argmax(dim=-1)
+        assert torch.equal(tokens[:, 3:], wanted)
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])

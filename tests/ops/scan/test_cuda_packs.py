@@ -260,6 +260,20 @@ def test_rows_may_lie_in_a_wider_tensor_of_any_batch_stride(pack):
     assert torch.equal(there, wanted["gate"])
 
 
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+@pytest.mark.parametrize("lengths", [LENGTHS, (30, 1, 39), (64, 128, 20)], ids=str)
+def test_no_room_for_checkpoints_is_left_unwritten(pack, lengths, plan):
+    given, _, _, cu_seqlens = pack(lengths)
+    plan = forward.cut(plan, max(lengths))
+    torch.use_deterministic_algorithms(True)  # new tensors are full of NaN
+    try:
+        saved = forward.forward(*given, True, True, cu_seqlens=cu_seqlens, plan=plan)[2]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert saved.shape == checkpoint_shape(1, sum(lengths), 24, 16, len(lengths))
+    assert not saved.isnan().any()
+
+
 SHAPES = {
     "equal": [2048] * 8,
     "short": [32] * 512,
@@ -275,7 +289,7 @@ def test_plans_cover_a_pack_and_fill_the_gpu(lengths, d, n):
     starts = np.cumsum([0, *lengths])
     plan = forward.choose_for_pack(starts.tobytes(), d, n, 1, True, 132)
     assert plan == forward.cut(plan, max(lengths))
-    form = backward.Form((), 8, 1, 0, 4, 0, 2 * n)
+    form = backward.Form((), 8, 512, 1, 0, 4, 0, 2 * n)
     back = backward.plan_for_pack(starts.tobytes(), d, n, 1, form, 132)
     assert back.chunk_steps % 64 == 0
     assert back.chunks == -(-max(lengths) // back.chunk_steps)

@@ -55,15 +55,3 @@ DEVICE float received(const fp16* p) {
 }
 
 DEVICE float silu(float x) { return x * reciprocal_fast(1.0f + exp2_fast(-LOG2E * x)); }
-
-// Bring a share of what a later kernel reads into the GPU's cache, while memory has nothing to do.
-struct Ahead {
-    const unsigned char* data;
-    long long bytes;
-};
-DEVICE void fetch_ahead(const Ahead& a, long long block, long long blocks) {
-    constexpr int LINE = 128;
-    for (long long at = (block * blockDim.x + threadIdx.x) * LINE; at < a.bytes;
-         at += blocks * blockDim.x * LINE)
-        prefetch(a.data + at);
-}

@@ -23,10 +23,14 @@ class Graph:
         from cuda.bindings import driver
 
         self._device = torch.device(device)
+        self._launch = driver.cuGraphLaunch
         stream = torch.cuda.Stream(device)
         # other threads may do what they like meanwhile
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with torch.cuda.device(device), torch.cuda.stream(stream):
+            self._index = torch.cuda.current_device()
+            # what a library's products need on a stream that they have not seen is made now
+            torch.cuda.current_blas_handle()
             handle = driver.CUstream(stream.cuda_stream)
             (status,) = driver.cuStreamBeginCapture(handle, mode)
             _cuda._check("driver", status, "begin a graph")
@@ -49,12 +53,14 @@ class Graph:
         Raises:
             RuntimeError: The driver refuses; the message says why.
         """
-        from cuda.bindings import driver
-
-        with torch.cuda.device(self._device):
-            stream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-            (status,) = driver.cuGraphLaunch(self._graph, stream)
-        _cuda._check("driver", status, "launch a graph")
+        if torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._device):
+                self.launch()
+            return
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        (status,) = self._launch(self._graph, stream)
+        if status:
+            _cuda._check("driver", status, "launch a graph")
 
 
 def _destroy(graph: Any, device: torch.device) -> None:

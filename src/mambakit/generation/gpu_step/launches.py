@@ -10,11 +10,35 @@ from torch import Tensor
 
 from mambakit.ops import _cuda
 
+from .arguments import (
+    AddArguments,
+    BeginArguments,
+    Call,
+    ConvolutionArguments,
+    GiveArguments,
+    Norm,
+    ProductArguments,
+    ScanArguments,
+    ScanManyArguments,
+)
+from .library import Multiplication
 from .packing import Layer, Matrix, PackedModel
-from .tiling import group, tile
+from .tiling import (
+    GPU,
+    SCAN_CHANNELS,
+    ScanTiling,
+    Tiling,
+    group,
+    overlaps,
+    takes_library,
+    tile,
+    tile_scan,
+)
 
 FOLDER = Path(__file__).parent
-STREAM, PRODUCT, SCAN = (FOLDER / f"{name}.cu" for name in ("stream", "product", "scan"))
+STREAM, PRODUCT, SCAN, CONVOLUTION, SCAN_MANY = (
+    FOLDER / f"{name}.cu" for name in ("stream", "product", "scan", "convolution", "scan_many")
+)
 
 _TYPES = {
     torch.float32: "float",
@@ -23,108 +47,9 @@ _TYPES = {
     torch.int8: "int8",
 }
 _THREADS = 256
-_CHANNELS = 64  # of a block of the scan
-
-# Kernels that keep memory less than busy ask for what later ones will read, as parts of it.
-_OUT_WHILE_X = 1.0  # of out_proj's matrix, during x_proj
-_IN_WHILE_OUT = 0.25  # of the next in_proj's, during out_proj
-# Of the GPU's cache, that much may hold what was asked for ahead, with the states that pass by.
-_CACHE_SHARE = 0.5
-
-_int, _pointer, _double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-
-
-class Call(ctypes.Structure):
-    """What changes from token to token; see ``common.cuh``."""
-
-    _fields_ = (
-        ("b", _int),
-        ("conv", _pointer),
-        ("ssm", _pointer),
-        ("new_conv", _pointer),
-        ("new_ssm", _pointer),
-        ("logits", _pointer),
-    )
-
-
-class _Ahead(ctypes.Structure):
-    _fields_ = (("data", _pointer), ("bytes", _int))
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = (
-        ("x", _pointer),
-        ("gain", _pointer),
-        ("eps", _double),
-        ("h", _pointer),
-        ("columns", _int),
-    )
-
-
-class _BeginArguments(ctypes.Structure):
-    _fields_ = (
-        ("call", Call),
-        ("to", _pointer),
-        ("tokens", _pointer),
-        ("wide", _int),
-        ("embedding", _pointer),
-        ("vocabulary", _int),
-        ("norm", _Norm),
-    )
-
-
-class _AddArguments(ctypes.Structure):
-    _fields_ = (
-        ("call", _pointer),
-        ("sums", _pointer),
-        ("capacity", _int),
-        ("bias", _pointer),
-        ("norm", _Norm),
-    )
-
-
-class _ProductArguments(ctypes.Structure):
-    _fields_ = (
-        ("call", _pointer),
-        ("matrix", _pointer),
-        ("scales", _pointer),
-        ("rows", _int),
-        ("columns", _int),
-        ("vectors", _pointer),
-        ("span", _int),
-        ("sums", _pointer),
-        ("capacity", _int),
-        ("bias", _pointer),
-        ("taps", _pointer),
-        ("tap_bias", _pointer),
-        ("u", _pointer),
-        ("u_columns", _int),
-        ("gate", _pointer),
-        ("channels", _int),
-        ("layer", _int),
-        ("ahead", _Ahead),
-    )
-
-
-class _ScanArguments(ctypes.Structure):
-    _fields_ = (
-        ("call", _pointer),
-        ("sums", _pointer),
-        ("capacity", _int),
-        ("selection_eps", _double),
-        ("matrix", _pointer),
-        ("scales", _pointer),
-        ("bias", _pointer),
-        ("A", _pointer),
-        ("D", _pointer),
-        ("u", _pointer),
-        ("gate", _pointer),
-        ("y", _pointer),
-        ("channels", _int),
-        ("stride", _int),
-        ("layer", _int),
-        ("ahead", _Ahead),
-    )
+_CHANNELS = 64  # of a block of ``scan.cu``
+_CONVOLVED = 128 * 8  # channels of a block of ``convolution.cu``
+_GIVEN = 256 * 16  # logits of a block of ``give``
 
 
 class Launch(NamedTuple):
@@ -176,14 +101,14 @@ class Sizes(NamedTuple):
         more = ("WIDTH", self.m), ("THREADS", self.stream_threads), ("SPANS", spans)
         return (*self._types, *((name, str(value)) for name, value in more))
 
-    def product(self, rows: int, columns: int, stages: int, end: str) -> _cuda.Defines:
+    def product(self, cut: Tiling, end: str) -> _cuda.Defines:
         """Return the defines of ``product.cu``."""
         return (
             *self._types,
             ("TENSORS", str(int(self.factor != torch.float32))),
-            ("ROWS", str(rows)),
-            ("COLUMNS", str(columns)),
-            ("STAGES", str(stages)),
+            ("ROWS", str(cut.rows)),
+            ("COLUMNS", str(cut.columns)),
+            ("STAGES", str(cut.stages)),
             ("END", end),
             *((("WINDOW", str(self.w)),) if end == "CONVOLVED" else ()),
         )
@@ -199,24 +124,52 @@ class Sizes(NamedTuple):
             ("SPANS", str(spans)),
         )
 
+    def convolution(self) -> _cuda.Defines:
+        """Return the defines of ``convolution.cu``."""
+        return (*self._types, ("WINDOW", str(self.w)))
+
+    def scan_many(self, cut: ScanTiling, spans: int) -> _cuda.Defines:
+        """Return the defines of ``scan_many.cu``."""
+        return (
+            *self._types,
+            ("STATES", str(self.n)),
+            ("RANK", str(self.r)),
+            ("SPANS", str(spans)),
+            ("SEQUENCES", str(cut.sequences)),
+            ("SLOTS", str(cut.slots)),
+        )
+
+    def takes_library(self, d: int, capacity: int) -> bool:
+        """Return whether a library multiplies the large matrices."""
+        short = self.storage == self.factor != torch.float32
+        return short and takes_library(capacity, self.n, self.r, d)
+
 
 def specialisations(
-    sizes: Sizes, d: int, vocabulary: int, capacity: int, processors: int
+    sizes: Sizes, d: int, vocabulary: int, capacity: int, gpu: GPU
 ) -> Iterator[tuple[Path, _cuda.Defines]]:
     """List the builds that a step of such a model and of so many sequences asks for."""
-    for rows, columns, end, readers in (
-        (2 * d, sizes.m, "CONVOLVED", 0),
-        (sizes.r + 2 * sizes.n, d, "SUMS", -(-d // _CHANNELS)),
-        (sizes.m, d, "SUMS", 1),
-        (vocabulary, sizes.m, "LOGITS", 0),
-    ):
+
+    def cut(rows: int, columns: int, readers: int) -> Tiling:
         bytes_of = sizes.storage.itemsize, sizes.factor.itemsize
-        cut = tile(rows, columns, capacity, *bytes_of, processors, readers)
-        yield PRODUCT, sizes.product(cut.rows, cut.columns, cut.stages, end)
-        if readers == 1:
-            yield STREAM, sizes.stream(cut.spans)
-        elif readers:
-            yield SCAN, sizes.scan(group(capacity, sizes.n), cut.spans)
+        return tile(rows, columns, capacity, *bytes_of, gpu, readers)
+
+    low = sizes.r + 2 * sizes.n
+    if sizes.takes_library(d, capacity):
+        x = cut(low, d, -(-d // SCAN_CHANNELS))
+        yield PRODUCT, sizes.product(x, "SUMS")
+        yield CONVOLUTION, sizes.convolution()
+        scan = tile_scan(capacity, d, sizes.n, sizes.r, gpu)
+        yield SCAN_MANY, sizes.scan_many(scan, x.spans)
+        yield STREAM, sizes.stream(1)
+    else:
+        x, out = cut(low, d, -(-d // _CHANNELS)), cut(sizes.m, d, 1)
+        yield PRODUCT, sizes.product(cut(2 * d, sizes.m, 0), "CONVOLVED")
+        yield PRODUCT, sizes.product(x, "SUMS")
+        yield PRODUCT, sizes.product(out, "SUMS")
+        yield PRODUCT, sizes.product(cut(vocabulary, sizes.m, 0), "LOGITS")
+        yield SCAN, sizes.scan(group(capacity, sizes.n), x.spans)
+        yield STREAM, sizes.stream(out.spans)
 
 
 class Launches:
@@ -228,13 +181,16 @@ class Launches:
         RuntimeError: A kernel cannot be compiled here; the message says why.
     """
 
+    # a library does not write to tensors that were made in this mode once it has been left
+    @torch.inference_mode(False)
     def __init__(self, packed: PackedModel, capacity: int) -> None:
         self._packed, self._capacity = packed, capacity
         self._sizes = Sizes.of(packed)
         device = packed.embedding.device
         self._index = packed.embedding.get_device()
-        self._processors = _cuda.multiprocessors(self._index)
-        self._overlaps = _can_overlap(device)
+        self._gpu = GPU(_cuda.multiprocessors(self._index), _cuda.shared_memory(self._index)[0])
+        self._library = self._sizes.takes_library(packed.d, capacity)
+        self._overlaps = _can_overlap(device) and overlaps(capacity, self._library)
         first = packed.layers[0]
         # vectors are padded like the matrices, with zeros that nothing writes to
         h, u = ((capacity, p.columns) for p in (first.in_proj, first.out_proj))
@@ -242,27 +198,29 @@ class Launches:
         self._u = torch.zeros(u, device=device, dtype=packed.factor)
         self._y = torch.zeros_like(self._u)
         self._x = torch.zeros(capacity, packed.m, device=device)
-        self._gate = torch.zeros(capacity, packed.d, device=device)
+        # both halves, as a library leaves them, or the second, after its SiLU
+        width, kind = (2, packed.factor) if self._library else (1, torch.float32)
+        self._gate = torch.zeros(capacity, width * packed.d, device=device, dtype=kind)
         self._call = torch.zeros(ctypes.sizeof(Call), dtype=torch.uint8, device=device)
         self._sums: dict[str, Tensor] = {}
-        traffic = 2 * capacity * packed.d * packed.n * 4
-        self._room_ahead = max(0.0, _CACHE_SHARE * _cache_bytes(device) - traffic)
 
-        spans = self._tile(first.out_proj, 1).spans
+        spans = 1 if self._library else self._tile(first.out_proj, 1).spans
         self._stream = self._sizes.stream(spans)
-        self._begin = self._kernel(STREAM, "begin", self._stream, 0)
-        self._beginning = _BeginArguments(
+        self._begin = self._kernel(STREAM, "begin", self._stream)
+        self._beginning = BeginArguments(
             to=self._call.data_ptr(),
             embedding=packed.embedding.data_ptr(),
             vocabulary=packed.vocab_size,
             norm=self._norm(first.gain, first.eps),
         )
-        self.rest: list[Launch] = []
-        for i in range(packed.n_layer):
-            self._append_layer(i)
-        self._append("head", packed.head, self._h, "LOGITS")
-        # the launch before it is not one of these
-        self.rest[0] = self.rest[0]._replace(overlaps=False)
+        self.rest: list[Launch | Multiplication] = []
+        for i, layer in enumerate(packed.layers):
+            append = self._append_many if self._library else self._append_few
+            out = append(i, layer)
+            last = i + 1 == packed.n_layer
+            gain, eps = (packed.gain, packed.eps) if last else packed.layers[i + 1][:2]
+            self._append_add(layer, out, gain, eps)
+        self._append_head()
 
     def begin(self, call: Call, tokens: Tensor) -> None:
         """Queue the first kernel; it also leaves the call where the others find it."""
@@ -271,17 +229,12 @@ class Launches:
         arguments.tokens, arguments.wide = tokens.data_ptr(), tokens.itemsize == 8
         self._begin.launch((len(tokens), 1, 1), self._sizes.stream_threads, arguments)
 
-    def _kernel(self, source: Path, entry: str, defines: _cuda.Defines, shared: int) -> Any:
-        return _cuda.kernel(source, entry, defines, self._index, shared)
+    # ------------------------------------------------------------ a layer
 
-    def _append_layer(self, i: int) -> None:
-        packed, layers, capacity = self._packed, self._packed.layers, self._capacity
-        layer = layers[i]
-        last = i + 1 == len(layers)
-        next_matrix = packed.head if last else layers[i + 1].in_proj
-        gain, eps = (packed.gain, packed.eps) if last else layers[i + 1][:2]
-
-        self._append(
+    def _append_few(self, i: int, layer: Layer) -> Tensor:
+        """Append a layer's kernels; return the sums that it adds to the stream."""
+        packed = self._packed
+        self._append_product(
             "in_proj",
             layer.in_proj,
             self._h,
@@ -296,74 +249,114 @@ class Launches:
             layer=i,
         )
         blocks = -(-packed.d // _CHANNELS)
-        low, low_spans = self._append_sums(
-            "x_proj", layer.x_proj, self._u, blocks, self._ahead(layer.out_proj, _OUT_WHILE_X)
+        low = self._append_sums("x_proj", layer.x_proj, self._u, blocks)
+        arguments = ScanArguments(
+            sums=low.data_ptr(),
+            scales=_address(layer.dt_proj.scales),
+            gate=self._gate.data_ptr(),
+            **self._of_scan(i, layer),
         )
-        self._append_scan(i, layer, blocks, low, low_spans)
-        sums, _ = self._append_sums(
-            "out_proj", layer.out_proj, self._y, 1, self._ahead(next_matrix, _IN_WHILE_OUT)
-        )
-        arguments = _AddArguments(
+        rows = group(self._capacity, packed.n)
+        defines = self._sizes.scan(rows, len(low))
+        grid = (blocks, -(-self._capacity // rows), 1)
+        self._append("scan", SCAN, "scan", defines, grid, _THREADS, arguments)
+        return self._append_sums("out_proj", layer.out_proj, self._y, 1)
+
+    def _append_many(self, i: int, layer: Layer) -> Tensor:
+        """Append those of a layer whose large matrices a library multiplies; as before."""
+        packed, capacity = self._packed, self._capacity
+        projected, width = self._gate, 2 * packed.d
+        self._append_library("in_proj", self._h, layer.in_proj, projected)
+        convolution = ConvolutionArguments(
             call=self._call.data_ptr(),
-            sums=sums.data_ptr(),
-            capacity=capacity,
+            projected=projected.data_ptr(),
+            width=width,
+            bias=_address(layer.in_bias),
+            taps=layer.conv.data_ptr(),
+            tap_bias=_address(layer.conv_bias),
+            u=self._u.data_ptr(),
+            u_columns=self._u.shape[1],
+            channels=packed.d,
+            layer=i,
+        )
+        defines = self._sizes.convolution()
+        grid = (-(-packed.d // _CONVOLVED), capacity, 1)
+        self._append("convolution", CONVOLUTION, "convolve", defines, grid, 128, convolution)
+
+        blocks = -(-packed.d // SCAN_CHANNELS)
+        low = self._append_sums("x_proj", layer.x_proj, self._u, blocks)
+        bias = layer.in_bias
+        arguments = ScanManyArguments(
+            sums=low.data_ptr(),
+            gate=projected[:, packed.d :].data_ptr(),
+            gate_stride=width,
+            gate_bias=None if bias is None else bias[packed.d :].data_ptr(),
+            **self._of_scan(i, layer),
+        )
+        cut = tile_scan(capacity, packed.d, packed.n, packed.r, self._gpu)
+        defines = self._sizes.scan_many(cut, len(low))
+        grid, shared = cut.grid(packed.d, capacity), cut.shared_bytes
+        self._append("scan", SCAN_MANY, "scan", defines, grid, _THREADS, arguments, shared)
+
+        out = self._between("out_proj", (capacity, packed.m))
+        self._append_library("out_proj", self._y, layer.out_proj, out)
+        return out
+
+    def _of_scan(self, i: int, layer: Layer) -> dict[str, Any]:
+        """Return the arguments that both scans have."""
+        packed = self._packed
+        return {
+            "call": self._call.data_ptr(),
+            "capacity": self._capacity,
+            "selection_eps": packed.selection_eps,
+            "matrix": layer.dt_proj.weights.data_ptr(),
+            "bias": layer.dt_bias.data_ptr(),
+            "A": layer.A.data_ptr(),
+            "D": layer.D.data_ptr(),
+            "u": self._u.data_ptr(),
+            "y": self._y.data_ptr(),
+            "channels": packed.d,
+            "stride": self._u.shape[1],
+            "layer": i,
+        }
+
+    def _append_add(self, layer: Layer, out: Tensor, gain: Tensor, eps: float) -> None:
+        arguments = AddArguments(
+            call=self._call.data_ptr(),
+            sums=out.data_ptr(),
+            capacity=self._capacity,
             bias=_address(layer.out_bias),
             norm=self._norm(gain, eps),
         )
-        kernel, threads = (
-            self._kernel(STREAM, "add", self._stream, 0),
-            self._sizes.stream_threads,
-        )
-        self.rest.append(
-            Launch("add", kernel, (capacity, 1, 1), threads, arguments, 0, self._overlaps)
-        )
+        grid, threads = (self._capacity, 1, 1), self._sizes.stream_threads
+        self._append("add", STREAM, "add", self._stream, grid, threads, arguments)
 
-    def _append_scan(self, i: int, layer: Layer, blocks: int, low: Tensor, spans: int) -> None:
-        packed = self._packed
-        rows = group(self._capacity, packed.n)
-        arguments = _ScanArguments(
-            call=self._call.data_ptr(),
-            sums=low.data_ptr(),
-            capacity=self._capacity,
-            selection_eps=packed.selection_eps,
-            matrix=layer.dt_proj.weights.data_ptr(),
-            scales=_address(layer.dt_proj.scales),
-            bias=layer.dt_bias.data_ptr(),
-            A=layer.A.data_ptr(),
-            D=layer.D.data_ptr(),
-            u=self._u.data_ptr(),
-            gate=self._gate.data_ptr(),
-            y=self._y.data_ptr(),
-            channels=packed.d,
-            stride=self._u.shape[1],
-            layer=i,
+    def _append_head(self) -> None:
+        head = self._packed.head
+        if not self._library:
+            self._append_product("head", head, self._h, "LOGITS")
+            return
+        # a graph's library writes to one place; the call's logits lie in another for each token
+        logits = self._between("head", (self._capacity, head.rows))
+        self._append_library("head", self._h, head, logits)
+        arguments = GiveArguments(
+            call=self._call.data_ptr(), logits=logits.data_ptr(), v=head.rows
         )
-        kernel = self._kernel(SCAN, "scan", self._sizes.scan(rows, spans), 0)
-        grid = (blocks, -(-self._capacity // rows), 1)
-        self.rest.append(Launch("scan", kernel, grid, _THREADS, arguments, 0, self._overlaps))
+        grid = (-(-logits.numel() // _GIVEN), 1, 1)
+        self._append("give", STREAM, "give", self._stream, grid, _THREADS, arguments)
 
-    def _append_sums(
-        self, name: str, matrix: Matrix, vectors: Tensor, readers: int, ahead: _Ahead
-    ) -> tuple[Tensor, int]:
-        """Append a product whose sums the next kernel adds up; return them and their number."""
+    # ------------------------------------------------------------ one launch
+
+    def _append_sums(self, name: str, matrix: Matrix, vectors: Tensor, readers: int) -> Tensor:
+        """Append a product whose sums the next kernel adds up; return them, span by span."""
         spans = self._tile(matrix, readers).spans
-        if name not in self._sums:  # all layers take turns with the same
-            shape = (spans, self._capacity, matrix.rows)
-            self._sums[name] = torch.zeros(shape, device=vectors.device)
-        sums = self._sums[name]
-        self._append(
-            name, matrix, vectors, "SUMS", readers=readers, sums=sums.data_ptr(), ahead=ahead
+        sums = self._between(name, (spans, self._capacity, matrix.rows))
+        self._append_product(
+            name, matrix, vectors, "SUMS", readers=readers, sums=sums.data_ptr()
         )
-        return sums, spans
+        return sums
 
-    def _tile(self, matrix: Matrix, readers: int) -> Any:
-        packed = self._packed
-        return tile(
-            *(matrix.rows, matrix.columns, self._capacity),
-            *(packed.storage.itemsize, packed.factor.itemsize, self._processors, readers),
-        )
-
-    def _append(
+    def _append_product(
         self,
         name: str,
         matrix: Matrix,
@@ -372,40 +365,64 @@ class Launches:
         readers: int = 0,
         **more: Any,
     ) -> None:
-        tiling = self._tile(matrix, readers)
-        arguments = _ProductArguments(
+        cut = self._tile(matrix, readers)
+        arguments = ProductArguments(
             call=self._call.data_ptr(),
             matrix=matrix.weights.data_ptr(),
             scales=_address(matrix.scales),
             rows=matrix.rows,
             columns=matrix.columns,
             vectors=vectors.data_ptr(),
-            span=tiling.span,
+            span=cut.span,
             capacity=self._capacity,
             **more,
         )
-        defines = self._sizes.product(tiling.rows, tiling.columns, tiling.stages, end)
-        kernel = self._kernel(PRODUCT, "product", defines, tiling.shared_bytes)
-        grid = tiling.grid(matrix.rows, self._capacity)
-        self.rest.append(
-            Launch(
-                *(name, kernel, grid, _THREADS, arguments, tiling.shared_bytes),
-                overlaps=self._overlaps,
-            )
-        )
+        defines, grid = self._sizes.product(cut, end), cut.grid(matrix.rows, self._capacity)
+        shared = cut.shared_bytes
+        self._append(name, PRODUCT, "product", defines, grid, _THREADS, arguments, shared)
 
-    def _norm(self, gain: Tensor, eps: float) -> _Norm:
-        return _Norm(
+    def _append_library(self, name: str, vectors: Tensor, matrix: Matrix, out: Tensor) -> None:
+        self.rest.append(Multiplication(name, vectors, matrix.weights, out))
+
+    def _append(
+        self,
+        name: str,
+        source: Path,
+        entry: str,
+        defines: _cuda.Defines,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: ctypes.Structure,
+        shared: int = 0,
+    ) -> None:
+        kernel = self._kernel(source, entry, defines, shared)
+        # the launch before the first is not one of these
+        early = self._overlaps and bool(self.rest)
+        self.rest.append(Launch(name, kernel, grid, threads, arguments, shared, early))
+
+    def _kernel(self, source: Path, entry: str, defines: _cuda.Defines, shared: int = 0) -> Any:
+        return _cuda.kernel(source, entry, defines, self._index, shared)
+
+    def _between(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return memory for what passes between two kernels; all layers take turns with it."""
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(shape, device=self._h.device)
+        return self._sums[name]
+
+    def _tile(self, matrix: Matrix, readers: int) -> Tiling:
+        packed = self._packed
+        bytes_of = packed.storage.itemsize, packed.factor.itemsize
+        sizes = matrix.rows, matrix.columns, self._capacity
+        return tile(*sizes, *bytes_of, self._gpu, readers)
+
+    def _norm(self, gain: Tensor, eps: float) -> Norm:
+        return Norm(
             x=self._x.data_ptr(),
             gain=gain.data_ptr(),
             eps=eps,
             h=self._h.data_ptr(),
             columns=self._h.shape[1],
         )
-
-    def _ahead(self, matrix: Matrix, part: float) -> _Ahead:
-        nbytes = int(min(part * matrix.weights.nbytes, self._room_ahead))
-        return _Ahead(matrix.weights.data_ptr(), nbytes)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -414,10 +431,3 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _cache_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.L2_cache_size

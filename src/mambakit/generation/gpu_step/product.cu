@@ -69,7 +69,6 @@ struct Arguments {
     long long u_columns;
     float* gate; // (capacity, channels)
     long long channels, layer;
-    Ahead ahead;
 };
 
 // A block's place.
@@ -422,10 +421,6 @@ KERNEL(THREADS, BLOCKS) product(const __grid_constant__ Arguments a) {
         fetch_window(a, at);
     }
     const End end(a, at);
-    fetch_ahead(
-        a.ahead, blockIdx.x + gridDim.x * (blockIdx.y + (long long)gridDim.y * blockIdx.z),
-        (long long)gridDim.x * gridDim.y * gridDim.z
-    );
     release_kernels();
     await_kernels();
     if (idle) return;

@@ -11,7 +11,7 @@
 //
 // -D gives what common.cuh says, and STATES, n; RANK, r; GROUP; ALIGNED, 1 if n is a multiple of 4;
 // SPANS, in how many parts the sums come.
-#include "common.cuh"
+#include "recurrence.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int LANES = 4; // to a channel
@@ -41,7 +41,6 @@ struct Arguments {
     const float* gate;         // (capacity, d)
     FACTOR* y;                 // (capacity, stride)
     long long channels, stride, layer;
-    Ahead ahead;
 };
 
 // Up to four states of one channel, from `state` on; those that there are not are zero.
@@ -65,12 +64,6 @@ DEVICE void store_states(float* row, int state, float4 v) {
     if (state + 2 < STATES) row[state + 2] = v.z;
     if (state + 3 < STATES) row[state + 3] = v.w;
 }
-
-DEVICE float softplus(float v) { return max(v, 0.0f) + log1pf(expf(-fabsf(v))); }
-
-// Against the bias of the hardware's 2^x, which is low on average: a state is a product of many.
-constexpr float EXP2_BIAS = 2e-8f;
-DEVICE float decay(float dt, float A) { return exp2_fast(fmaf(dt, A, EXP2_BIAS)); }
 
 // Where the parts of a sequence's (low, B, C) lie in shared memory.
 DEVICE int place_of(int e) {
@@ -145,9 +138,6 @@ KERNEL(THREADS, BLOCKS) scan(const __grid_constant__ Arguments a) {
     for (int e = threadIdx.x; e < GROUP * LOW; e += THREADS) low[e] = 0;
     const float bias = there ? a.bias[c] : 0, D = there ? a.D[c] : 0;
     const float scale = there && a.scales ? a.scales[c] : 1;
-    fetch_ahead(
-        a.ahead, blockIdx.x + (long long)gridDim.x * blockIdx.y, (long long)gridDim.x * gridDim.y
-    );
     release_kernels();
     await_kernels();
     if (rows == 0) return;

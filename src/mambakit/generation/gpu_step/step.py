@@ -1,7 +1,6 @@
 """One token of a language model on a GPU, as one CUDA graph."""
 
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple, get_args
@@ -12,14 +11,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from mambakit.models import MambaLM, ModelState
-from mambakit.modules import MixerState
 from mambakit.ops import _cuda
 
 from ..cpu_step import StepOutput, Weights
-from ..stand_in import Seen, check_state, check_tokens, no_gradients, refusal_of, sum_of_bits
+from ..stand_in import Seen, check_state, check_tokens, no_gradients, refusal_of
+from .arguments import Call
 from .graph import Graph
-from .launches import Call, Launches
+from .launches import Launches
 from .packing import PackedModel
+from .sums import sums_of_bits
 from .tiling import room
 
 # Graphs of so many different numbers of sequences are kept for a model.
@@ -104,7 +104,6 @@ class GPUStep:
                 f"got {weights!r}"
             )
         self._model, self._weights = model, weights
-        self._newest: _Newest = (lambda: None, (0, 0))
         self._pack()
 
     def _pack(self) -> None:
@@ -145,37 +144,22 @@ class GPUStep:
         check_tokens("GPUStep", tokens, device)
         if torch.is_grad_enabled() and self._seen.requires_grad():
             raise RuntimeError(no_gradients("GPUStep"))
-        b, past = len(tokens), packed.w - 1
-        before, held = (0, 0), None
+        b, past, layers = len(tokens), packed.w - 1, packed.n_layer
+        before: tuple[Tensor, ...] = ()
         if state is not None:
-            newest, places = self._newest
-            if state is newest() and len(state) == b:
-                before = places
-            else:
-                sizes = (b, packed.d, past), (b, packed.d, packed.n)
-                check_state("GPUStep", state, packed.n_layer, *sizes, device)
-                held = _dense(state, packed.dtype)
-                before = held[0].data_ptr(), held[1].data_ptr()
+            sizes = (b, packed.d, past), (b, packed.d, packed.n)
+            check_state("GPUStep", state, layers, *sizes, device)
+            before = _in_one_piece(state, packed.dtype)
 
-        wide, layers = torch.float32, (packed.n_layer, b)
-        conv = torch.empty(*layers, past, packed.d, device=device, dtype=packed.dtype)
-        ssm = torch.empty(*layers, packed.d, packed.n, device=device, dtype=wide)
+        wide = torch.float32
+        conv = torch.empty(layers, b, past, packed.d, device=device, dtype=packed.dtype)
+        ssm = torch.empty(layers, b, packed.d, packed.n, device=device, dtype=wide)
         logits = torch.empty(b, packed.head.rows, device=device, dtype=wide)
         if b > 0:
-            after = conv.data_ptr(), ssm.data_ptr()
-            self._graphs.run(
-                Call(b, *(at or None for at in before), *after, logits.data_ptr()),
-                tokens.contiguous(),
-            )
-        parts = conv.transpose(2, 3).unbind(), ssm.unbind()
-        state = ModelState(tuple(map(MixerState, *parts)))
-        # The next call most often goes on from here, and need not look through the layers.
-        self._newest = weakref.ref(state), (conv.data_ptr(), ssm.data_ptr())
-        return StepOutput(logits, state)
-
-
-# A state, while it lives, and where its two parts lie.
-_Newest = tuple[Callable[[], ModelState | None], tuple[int, int]]
+            old = [tensor.data_ptr() or None for tensor in before] or [None, None]
+            new = conv.data_ptr(), ssm.data_ptr(), logits.data_ptr()
+            self._graphs.run(Call(b, *old, *new), tokens.contiguous())
+        return StepOutput(logits, ModelState.stacked(conv.transpose(2, 3), ssm))
 
 
 class _Graphs:
@@ -185,14 +169,14 @@ class _Graphs:
         self._packed = packed
         self._kept: OrderedDict[int, tuple[Launches, Callable[[], None]]] = OrderedDict()
         self._lock = threading.Lock()
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: tuple[int, torch.cuda.Stream] | None = None
 
     def run(self, call: Call, tokens: Tensor) -> None:
         """Queue one token."""
         # two threads that took turns between the launches would mix their tokens
         with self._lock:
             if tokens.is_cuda:
-                self._follow(tokens.device)
+                self._follow(tokens.device.index)
             launches, rest = self._for(room(len(tokens)))
             launches.begin(call, tokens)
             rest()
@@ -214,12 +198,15 @@ class _Graphs:
             self._kept.popitem(last=False)
         return self._kept[size]
 
-    def _follow(self, device: torch.device) -> None:
+    def _follow(self, device_index: int) -> None:
         """Wait on the GPU for a call on another stream: they share the memory in between."""
-        stream = torch.cuda.current_stream(device)
-        if self._stream is not None and stream != self._stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
+        handle = torch._C._cuda_getCurrentRawStream(device_index)
+        if self._stream is not None and self._stream[0] == handle:
+            return
+        stream = torch.cuda.current_stream(device_index)
+        if self._stream is not None:
+            stream.wait_stream(self._stream[1])
+        self._stream = handle, stream
 
 
 class _Prepared(NamedTuple):
@@ -238,7 +225,7 @@ _prepared_models: WeakKeyDictionary[MambaLM, dict[Weights | None, _Prepared]] = 
 
 def _prepared(model: MambaLM, weights: Weights | None) -> tuple[Seen, PackedModel, _Graphs]:
     """Return what the model has, or make it, which takes as long as a hundred tokens."""
-    sums = torch.stack([sum_of_bits(parameter) for parameter in model.parameters()]).tolist()
+    sums = sums_of_bits(list(model.parameters()))
     kept = _prepared_models.setdefault(model, {})
     found = kept.get(weights)
     if found is None or found.seen.has_changed() or found.sums != sums:
@@ -247,29 +234,17 @@ def _prepared(model: MambaLM, weights: Weights | None) -> tuple[Seen, PackedMode
     return found.seen, found.packed, found.graphs
 
 
-def _dense(state: ModelState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the state's (layers, b, w - 1, d) and (layers, b, d, n) in one piece each."""
-    conv = [layer.conv.transpose(1, 2) for layer in state.layers]
-    ssm = [layer.ssm for layer in state.layers]
-    return _in_one_piece(conv, dtype), _in_one_piece(ssm, torch.float32)
+def _in_one_piece(state: ModelState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the state's (layers, b, w - 1, d) and (layers, b, d, n), copies if need be."""
+    if state.stacks is not None:
+        conv, ssm = state.stacks.conv.transpose(2, 3), state.stacks.ssm
+    else:
+        conv = torch.stack([layer.conv.transpose(1, 2) for layer in state.layers])
+        ssm = torch.stack([layer.ssm for layer in state.layers])
+    return _dense(conv, dtype), _dense(ssm, torch.float32)
 
 
-def _in_one_piece(layers: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Stack the layers; where they lie one behind the other already, where they lie."""
-    first = layers[0]
-    size = first.nbytes
-    lies = (
-        size > 0
-        and first.dtype == dtype
-        and all(
-            layer.is_contiguous()
-            and layer.dtype == dtype
-            and layer.data_ptr() == first.data_ptr() + i * size
-            and layer.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            for i, layer in enumerate(layers)
-        )
-    )
-    if lies and first.data_ptr() % 16 == 0:
-        shape, strides = (len(layers), *first.shape), (first.numel(), *first.stride())
-        return first.as_strided(shape, strides)
-    return torch.stack(layers).to(dtype)
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as kernels read it: contiguous, on a border of 16 bytes."""
+    dense = tensor.to(dtype).contiguous()
+    return dense.clone() if dense.data_ptr() % 16 else dense

@@ -1,4 +1,4 @@
-"""How the products of a step are cut into blocks, and how many sequences a graph has room for.
+"""How a step is cut into blocks, which kernels it takes, and for how many sequences a graph is.
 
 All of it depends on sizes alone. The rates are an H200's, and only their proportions matter.
 """
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 # Bytes a second: of memory, of the cache that all multiprocessors share, into one of them; and
 # into one block, of a matrix that comes from memory.
-_MEMORY, _CACHE, _PROCESSOR, _BLOCK = 4.3e12, 6.5e12, 9e10, 4.5e10
+_MEMORY, _CACHE, _PROCESSOR, _BLOCK = 4.3e12, 6.5e12, 5e10, 3e10
 # Bytes of shared memory for a block: two of them, or one of each of two kernels, run at once.
-_SHARED, _RESIDENT = 100 * 1024, 2
-_MOST_STAGES = 8
+_SHARED, _RESIDENT = 110 * 1024, 2
+_MOST_STAGES = 12
 _WARPS = 8
 
 # Room for sequences: a graph of the next size takes those that there are.
@@ -27,6 +27,35 @@ def room(b: int) -> int:
         (8, 128, 256)
     """
     return next((size for size in _ROOMS if size >= b), math.ceil(b / 128) * 128)
+
+
+# From so many sequences on a library's products and the kernels around them are faster.
+_LIBRARY_FROM = 32
+# Up to so many sequences the kernels of a few are faster if they start before the end of those
+# before: with more, early blocks take the places that others wait for.
+_OVERLAP_TO = 16
+
+
+def takes_library(b: int, n: int, r: int, d: int) -> bool:
+    """Return whether ``scan_many.cu`` and what goes with it can serve, and are faster."""
+    return b >= _LIBRARY_FROM and n in (16, 32) and r <= 256 and d % 16 == 0
+
+
+def overlaps(b: int, library: bool) -> bool:
+    """Return whether kernels that may start early are faster so."""
+    return library or b <= _OVERLAP_TO
+
+
+class GPU(NamedTuple):
+    """What of a GPU decides how work is cut."""
+
+    processors: int
+    shared_bytes: int  # that a block may have
+
+    @property
+    def share(self) -> int:
+        """Bytes of shared memory that a block is given at most."""
+        return min(_SHARED, self.shared_bytes)
 
 
 def group(b: int, n: int) -> int:
@@ -56,7 +85,7 @@ def tile(
     b: int,
     weight_bytes: int,
     factor_bytes: int,
-    processors: int,
+    gpu: GPU,
     readers: int,
 ) -> Tiling:
     """Choose the tiling that should be fastest.
@@ -67,7 +96,7 @@ def tile(
         b: Vectors.
         weight_bytes: Bytes of a weight.
         factor_bytes: Bytes of a vector's number.
-        processors: Multiprocessors of the GPU.
+        gpu: The GPU.
         readers: How often each sum is read if sums are over spans of columns, to be added up
             later; 0 allows one span alone.
     """
@@ -86,8 +115,8 @@ def tile(
                 blocks = math.ceil(rows / block_rows) * math.ceil(b / block_columns) * spans
                 matrix = span * block_rows * weight_bytes
                 vectors = span * min(b, block_columns) * factor_bytes
-                turns = math.ceil(blocks / processors)
-                waves = math.ceil(blocks / (_RESIDENT * processors))
+                turns = math.ceil(blocks / gpu.processors)
+                waves = math.ceil(blocks / (_RESIDENT * gpu.processors))
                 sums = 4 * spans * b * rows * (1 + readers) / _CACHE if readers else 0.0
                 cost = sums + max(
                     memory,
@@ -96,7 +125,7 @@ def tile(
                     waves * (matrix / _BLOCK + vectors / _PROCESSOR),
                 )
                 if best is None or cost < 0.98 * best[0]:
-                    stages = min(_MOST_STAGES, _SHARED // stage, math.ceil(span / step) + 1)
+                    stages = min(_MOST_STAGES, gpu.share // stage, math.ceil(span / step) + 1)
                     stages = max(2, stages)
                     slices = _slices(block_rows, block_columns)
                     shared = max(stages * stage, 4 * slices * block_columns * (block_rows + 4))
@@ -116,3 +145,39 @@ def _step(rows: int, columns: int, weight_bytes: int, factor_bytes: int) -> tupl
     """Return the columns of the matrix in a step, and the bytes of a stage."""
     step = _slices(rows, columns) * 64 // weight_bytes
     return step, step * (rows * weight_bytes + columns * factor_bytes)
+
+
+class ScanTiling(NamedTuple):
+    """How ``scan_many.cu`` has its part; it says what the words mean."""
+
+    sequences: int
+    slots: int
+    shared_bytes: int
+
+    def grid(self, d: int, b: int) -> tuple[int, int, int]:
+        """Return how many blocks there are."""
+        return math.ceil(d / SCAN_CHANNELS), math.ceil(b / self.sequences), 1
+
+
+# Of a block of ``scan_many.cu``, and the most sequences that it has.
+SCAN_CHANNELS = 128
+_MOST_SEQUENCES = 32
+
+
+def tile_scan(b: int, d: int, n: int, r: int, gpu: GPU) -> ScanTiling:
+    """Cut the scan of many sequences so that all of its blocks run at once, if they can.
+
+    Example:
+        >>> tile_scan(64, 4096, 16, 128, GPU(132, 227 * 1024))
+        ScanTiling(sequences=8, slots=8, shared_bytes=89088)
+    """
+    blocks = max(1, _RESIDENT * gpu.processors // math.ceil(d / SCAN_CHANNELS))
+    sequences = min(_MOST_SEQUENCES, math.ceil(b / blocks))
+    depth = math.ceil(r / 32) * 32
+    pitch = depth if depth // 8 % 8 == 4 else depth + 32
+    steps = _WARPS * 8 * 17 * 16
+    low = math.ceil(sequences / 8) * 8 * pitch * 2
+    kept = steps + 2 * low + sequences * 2 * n * 4
+    slot = SCAN_CHANNELS * n * 4
+    slots = max(2, min(sequences, (gpu.share - kept) // slot))
+    return ScanTiling(sequences, slots, slots * slot + kept)

@@ -17,6 +17,8 @@
 // steps. A walker runs a group of steps again from there, keeps its states and decays in
 // registers, and walks back. Runners also stage B and C and add up the walkers' parts of dB and
 // dC, so that a walker, of which a multiprocessor holds few, does only what must be done in turn.
+// There are half as many runners as walkers, or as many where they can give registers away that
+// walkers need (HAND_OVER). With one state a channel all this is not needed: see one_state.cuh.
 //
 // All tiles of a checkpoint do not fit in shared memory at once. Runners take the first half
 // twice: through it to the second half, whose tiles they keep, and later again to keep them.
@@ -26,13 +28,16 @@
 //     runners   0, 1*    2, 3      0      1   0, 1*   2, 3     0       (* passed through)
 //     walkers                      3      2      1      0      3
 //
-// Time may also be cut into chunks of blocks of their own, in one of two ways:
+// Time may also be cut into chunks of blocks of their own, in one of three ways:
 //
 //   handed on  A block waits for the gradient that the chunk after it sends back; that chunk's
 //              blocks have lower indices. Blocks that are more than the GPU runs at once become
 //              shorter, so that fewer are left for the end.
 //   joined     For few channels: scan_carries finds what gradient each chunk sends back of
 //              nothing, scan_join_back chains these, and scan_backward runs all chunks at once.
+//   tail       If chunks take several rounds of blocks, the first chunks of time, as many as there
+//              are rounds, are handed on and the others joined: each round works on one of the
+//              tail, whose gradient the round before has sent, and scan_carries has less to do.
 //
 // In a pack a block takes a share of a list of spans, each a sequence or a chunk of one, and one
 // after another; chunks are joined.
@@ -42,18 +47,21 @@
 #include "common.cuh"
 
 // -D gives also TILE, steps of a tile: 16, or 8 or 4 where there is little shared memory; WALKERS;
-// STORED_BUFFERS, tiles of a walker's operands on their way or in use; SEVERAL_PASSES, 0 if
-// `passes` is 1; CARRY_WARPS, warps of a
-// block of scan_carries; BLOCKS and CARRY_BLOCKS, for how many blocks of the two a multiprocessor
-// has registers.
+// HAND_OVER, 1 if there are as many runners, whose registers to spare walkers take; STORED_BUFFERS,
+// tiles of a walker's operands on their way or in use; SEVERAL_PASSES, 0 if `passes` is 1;
+// ONE_STATE, 1 if one_state.cuh does scan_backward's work; CARRY_WARPS, warps of a block of
+// scan_carries; BLOCKS and CARRY_BLOCKS, for how many blocks of the two a multiprocessor has
+// registers.
 constexpr int GROUP = 4; // steps whose states and decays a walker has in registers
 constexpr int GROUPS = TILE / GROUP;
 constexpr int TILES = CHECKPOINT_STEPS / TILE, HALF = TILES / 2; // tiles of a checkpoint
 static_assert(TILES >= 4 && (TILES & (TILES - 1)) == 0, "periods are cut as above");
 
-constexpr int RUNNERS = WALKERS < 2 ? 1 : WALKERS / 2;
+constexpr int RUNNERS = HAND_OVER ? WALKERS : WALKERS < 2 ? 1 : WALKERS / 2;
+// Registers of a thread; all together are what a multiprocessor has.
+constexpr int WALKER_REGISTERS = 168, RUNNER_REGISTERS = 88;
 constexpr int SETS_PER_RUNNER = WALKERS / RUNNERS;
-constexpr int THREADS = 32 * (WALKERS + RUNNERS);
+constexpr int THREADS = ONE_STATE ? 32 : 32 * (WALKERS + RUNNERS);
 
 // What Python passes; backward.py has the same list.
 struct Arguments {
@@ -71,9 +79,10 @@ struct Arguments {
     real *dA, *dD, *ddt_bias, *dB_constant, *dC_constant;
     real* carries; // (b, chunks, d, n): the gradient that reaches each chunk; for several chunks
     real* dt_sums; // (b, chunks, d); where chunks are joined
-    int* flags;    // a 0 for each set of each block, or null: chunks are joined
-    // The first chunk, which is worked on last, may have fewer steps than the others.
-    long long chunks, chunk_steps, first_steps;
+    int* flags;    // a 0 for each set of channels and chunk of the tail
+    // The first chunk, which is worked on last, may have fewer steps than the others. The first
+    // `tail` chunks, at least one, hand on; the others are joined.
+    long long chunks, chunk_steps, first_steps, tail;
     // A block takes `passes` times WALKERS sets of channels, one after another; `columns` such
     // blocks lie side by side over the channels of a group.
     long long columns, passes;
@@ -162,6 +171,11 @@ constexpr int COPY_REALS = TILE * PADDED_STATES + (PADDED_STATES < 32 ? PADDED_S
 // What is staged for a period: for walkers B and C of their tile, for runners B of up to two.
 enum { WALKERS_B, WALKERS_C, RUNNERS_B, ROLES = RUNNERS_B + 2 };
 
+// Where a chunk begins. Of packs spans say it.
+DEVICE long long begin_of(const Arguments& a, long long chunk) {
+    return chunk > 0 ? a.first_steps + (chunk - 1) * a.chunk_steps : 0;
+}
+
 // What a block works on.
 struct __align__(16) Place {
     long long column, group, chunk, batch, begin; // batch: the sequence, of a pack too
@@ -198,18 +212,29 @@ struct __align__(16) Place {
     METHOD bool over(const Arguments&) const { return is_over; }
     METHOD bool starts() const { return is_first; }
     METHOD bool ends(const Arguments&) const { return is_last; }
+    METHOD bool awaits(const Arguments&) const { return false; }
+    METHOD bool hands_on(const Arguments&) const { return false; }
     METHOD long long chunk_row(const Arguments&) const { return chunk; }
     METHOD long long parts_row(const Arguments&) const { return share; }
     // The row of the batch among those of parts per token.
     METHOD long long token_row() const { return 0; }
 #else
     METHOD void find(const Arguments& a) {
+        // As many rounds of blocks, about alike, as the tail has chunks: in each one of these, so
+        // that it is done when the next one begins, and beside it some of those that are joined.
+        const long long chunk_blocks = a.columns * a.in.g * a.in.b, all = a.chunks * chunk_blocks;
         long long i = blockIdx.x;
+        const long long round = ((i + 1) * a.tail - 1) / all, within = i - round * all / a.tail;
+        if (within < chunk_blocks) {
+            chunk = a.tail - 1 - round, i = within;
+        } else {
+            i -= (round + 1) * chunk_blocks; // among all that are joined
+            chunk = a.chunks - 1 - i / chunk_blocks, i %= chunk_blocks;
+        }
         column = i % a.columns, i /= a.columns;
-        group = i % a.in.g, i /= a.in.g;
-        batch = i % a.in.b, chunk = a.chunks - 1 - i / a.in.b;
+        group = i % a.in.g, batch = i / a.in.g;
         pass = 0;
-        begin = chunk ? a.first_steps + (chunk - 1) * a.chunk_steps : 0;
+        begin = begin_of(a, chunk);
         steps = (int)min(a.in.l - begin, chunk ? a.chunk_steps : a.first_steps);
         periods = (steps + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS * TILES;
     }
@@ -217,6 +242,8 @@ struct __align__(16) Place {
     METHOD bool over(const Arguments& a) const { return pass == a.passes; }
     METHOD bool starts() const { return chunk == 0; }
     METHOD bool ends(const Arguments& a) const { return chunk == a.chunks - 1; }
+    METHOD bool awaits(const Arguments& a) const { return chunk + 1 < a.tail; }
+    METHOD bool hands_on(const Arguments& a) const { return 0 < chunk && chunk < a.tail; }
     METHOD long long chunk_row(const Arguments& a) const { return batch * a.chunks + chunk; }
     METHOD long long parts_row(const Arguments& a) const { return chunk_row(a); }
     METHOD long long token_row() const { return batch; }
@@ -242,7 +269,7 @@ struct __align__(16) BlockShared {
     __align__(16) real coefficients[COEFFICIENTS ? 2 : 1][COEFFICIENTS ? ROLES : 1]
                      [COEFFICIENTS ? COPIES * COPY_REALS : 4];
 };
-static_assert(sizeof(BlockShared) == SHARED_BYTES, "backward.py counts otherwise");
+static_assert(ONE_STATE || sizeof(BlockShared) == SHARED_BYTES, "backward.py counts otherwise");
 
 // Which slot a tile's states and steps are kept in. In each period the tile walked, those that
 // wait and those being made are in different ones: tile j of the first half takes the place of
@@ -519,7 +546,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
         return period < 0 ? -1 : place.tile_walked(period);
     };
     // Staging begins before a runner runs its tiles and ends after, where registers allow.
-    constexpr bool EARLY = RUNNERS == ROLES && sizeof(Units) <= 32;
+    constexpr bool EARLY = RUNNERS >= ROLES && sizeof(Units) <= 32;
     Units units;
     auto begin_to_stage = [&](int role, int period) {
         const bool is_B = role != WALKERS_C;
@@ -547,7 +574,8 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
     __syncthreads();
 #pragma unroll 1
     for (int period = -HALF; period < place.periods; period++) {
-        if constexpr (EARLY && COEFFICIENTS > 0) begin_to_stage(r, period + 1);
+        if constexpr (EARLY && COEFFICIENTS > 0)
+            if (r < ROLES) begin_to_stage(r, period + 1);
         if constexpr (SUMS_OVER_STATES && COEFFICIENTS > 0) {
             if (period > 0) {
                 add_token_sums(
@@ -626,7 +654,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
             }
         }
         if constexpr (!EARLY) stage(period + 1);
-        else if constexpr (COEFFICIENTS > 0) end_staging(r, period + 1);
+        else if (COEFFICIENTS > 0 && r < ROLES) end_staging(r, period + 1);
         __syncthreads();
         if constexpr (!SUMS_OVER_STATES) {
             if (period >= 0)
@@ -778,10 +806,10 @@ DEVICE void put_parts(
     put_states(at, lane, count, values);
 }
 
-// The flag of a walker's set in this block or, `chunks_later` than it, in another.
-DEVICE int* flag_of(const Arguments& a, const Place& place, int walker, int chunks_later) {
-    const long long block = blockIdx.x - chunks_later * a.columns * a.in.g * a.in.b;
-    return a.flags + (block * a.passes + place.pass) * WALKERS + walker;
+// The flag of a walker's set at a chunk.
+DEVICE int* flag_of(const Arguments& a, const Place& place, int walker, long long chunk) {
+    const long long row = (chunk * a.in.b + place.batch) * a.in.g + place.group;
+    return a.flags + ((row * a.columns + place.column) * a.passes + place.pass) * WALKERS + walker;
 }
 
 DEVICE void walk(const Arguments& a, BlockShared& block) {
@@ -802,12 +830,10 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
     clear(dA), clear(own_dB), clear(own_dC);
     if (CONSTANT_B) get_states(in.B_constant + set.first * STATES, lane, count, own_B);
     if (CONSTANT_C) get_states(in.C_constant + set.first * STATES, lane, count, own_C);
-    const real* G_from = PACKED || a.chunks > 1 ? a.carries : a.dlast_state;
+    const real* G_from = a.carries;
     long long row = place.chunk_row(a);
-    if (PACKED || a.flags) {
-        if (place.ends(a)) G_from = a.dlast_state, row = place.batch;
-        else if (a.flags) await(flag_of(a, place, w, 1));
-    }
+    if (place.ends(a)) G_from = a.dlast_state, row = place.batch;
+    else if (place.awaits(a)) await(flag_of(a, place, w, place.chunk + 1));
     if (G_from) get_states(G_from + (row * in.d + set.first) * STATES, lane, count, G);
     else clear(G);
     for (int c = lane_index; c < WARP_CHANNELS; c += 32)
@@ -1042,29 +1068,49 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
     // What is sent back goes to the caller or to the chunk before.
     if (place.starts()) {
         if (a.dstate) put_states(a.dstate + place.batch * states + at, own_lane, exist, G);
-    } else if (a.flags) {
+    } else if (place.hands_on(a)) {
         const long long before = place.chunk_row(a) - 1;
         put_states(a.carries + before * states + at, own_lane, exist, G);
-        publish(flag_of(a, place, own_thread / 32, 0));
+        publish(flag_of(a, place, own_thread / 32, place.chunk));
     }
 }
 
+// Go on to the next pass over channels or the next span, if there is one.
+DEVICE bool goes_on(const Arguments& a, BlockShared& block) {
+    if (!IN_TURN) return false;
+    __syncthreads();
+    if (threadIdx.x == 0) block.place.next(a);
+    __syncthreads();
+    return !block.place.over(a);
+}
+
+#if ONE_STATE
+#include "one_state.cuh"
+static_assert(sizeof(OneShared) == SHARED_BYTES, "backward.py counts otherwise");
+
+KERNEL(THREADS, BLOCKS) scan_backward(const __grid_constant__ Arguments a) {
+    DYNAMIC_SHARED(memory);
+    walk_one(a, *(OneShared*)memory);
+}
+#else
 KERNEL(THREADS, BLOCKS) scan_backward(const __grid_constant__ Arguments a) {
     DYNAMIC_SHARED(memory);
     BlockShared& block = *(BlockShared*)memory;
     if (threadIdx.x == 0) block.place.find(a);
     __syncthreads();
+    if (threadIdx.x < 32 * WALKERS) {
+        if constexpr (HAND_OVER) take_registers<WALKER_REGISTERS>();
 #pragma unroll 1
-    for (;;) {
-        if (threadIdx.x < 32 * WALKERS) walk(a, block);
-        else run(a, block);
-        if (!IN_TURN) break;
-        __syncthreads();
-        if (threadIdx.x == 0) block.place.next(a);
-        __syncthreads();
-        if (block.place.over(a)) break;
+        do walk(a, block);
+        while (goes_on(a, block));
+    } else {
+        if constexpr (HAND_OVER) leave_registers<RUNNER_REGISTERS>();
+#pragma unroll 1
+        do run(a, block);
+        while (goes_on(a, block));
     }
 }
+#endif
 
 // ---------------------------------------------------------------- chunks of time
 
@@ -1118,8 +1164,8 @@ KERNEL(CARRY_WARPS * 32, CARRY_BLOCKS) scan_carries(const __grid_constant__ Argu
     const long long chunk = span.chunk, batch = span.sequence;
     const long long begin = span.begin, end = begin + span.steps;
 #else
-    const long long chunk = 1 + i % (a.chunks - 1), batch = i / (a.chunks - 1);
-    const long long begin = chunk * a.chunk_steps, end = min(in.l, begin + a.chunk_steps);
+    const long long chunk = a.tail + i % (a.chunks - a.tail), batch = i / (a.chunks - a.tail);
+    const long long begin = begin_of(a, chunk), end = min(in.l, begin + a.chunk_steps);
 #endif
 
     const Channels channels(in, group, column * CARRY_WARPS + w);
@@ -1230,7 +1276,7 @@ KERNEL(256, 1) scan_join_back(const __grid_constant__ Arguments a) {
     for (long long at = first + of.steps - 1; at > first; at--) {
 #else
     real G = a.dlast_state ? a.dlast_state[i] : real(0);
-    for (long long chunk = a.chunks - 1; chunk > 0; chunk--) {
+    for (long long chunk = a.chunks - 1; chunk >= a.tail; chunk--) {
         const long long at = batch * a.chunks + chunk;
 #endif
         const real sent = a.carries[at * row + k];
@@ -1240,7 +1286,7 @@ KERNEL(256, 1) scan_join_back(const __grid_constant__ Arguments a) {
 #if PACKED
     a.carries[first * row + k] = G;
 #else
-    a.carries[batch * a.chunks * row + k] = G;
+    a.carries[(batch * a.chunks + a.tail - 1) * row + k] = G;
 #endif
 }
 

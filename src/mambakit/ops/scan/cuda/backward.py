@@ -27,6 +27,9 @@ _PLACE_BYTES = 64
 # Up to so many sums of dB and dC at a step a block makes one pass over channels.
 _FEW_SUMS = 64
 _THREADS = 256  # of scan_join_back and scan_add
+# Of a block of one_state.cuh, and how many there are on a multiprocessor.
+_ONE_STATE_BYTES = (CHECKPOINT_STEPS + CHECKPOINT_STEPS // 8) * 32 * 8
+_ONE_STATE_BLOCKS = 11
 
 # What a multiprocessor has for threads' registers, and what the kernel may take of them.
 _REGISTERS = 65536
@@ -58,7 +61,10 @@ class _Arguments(ctypes.Structure):
         ),
         *(
             (name, ctypes.c_int64)
-            for name in ("chunks", "chunk_steps", "first_steps", "columns", "passes")
+            for name in (
+                *("chunks", "chunk_steps", "first_steps", "tail"),
+                *("columns", "passes"),
+            )
         ),
         ("spans", ctypes.c_void_p),
         ("listed", ctypes.c_int64),
@@ -71,6 +77,7 @@ class Form(NamedTuple):
 
     defines: Defines
     walkers: int
+    threads: int  # of a block
     blocks: int  # on a multiprocessor
     shared_bytes: int
     carry_warps: int
@@ -81,16 +88,17 @@ class Form(NamedTuple):
 class Plan(NamedTuple):
     """How the work is cut: chunks of how many steps, and passes of a block over channels.
 
-    ``first_steps`` is how many steps the first chunk has; ``handed_on``, whether chunks hand
-    their gradients on from block to block or are joined. Of a pack, ``chunks`` is how many its
-    longest sequence has, and ``share`` how many steps a block should have, of one or several.
+    ``first_steps`` is how many steps the first chunk has. The first ``tail`` chunks hand their
+    gradients on from block to block, the others are joined. Of a pack, ``chunks`` is how many
+    its longest sequence has, all joined, and ``share`` how many steps a block should have, of
+    one or several.
     """
 
     chunks: int
     chunk_steps: int
     passes: int
     first_steps: int
-    handed_on: bool = False
+    tail: int = 1
     share: int = 1
 
 
@@ -100,27 +108,36 @@ def cut(chunks: int, l: int, passes: int = 1) -> Plan:
     return Plan(-(-l // steps), steps, passes, steps)
 
 
-def hand_on(chunk_steps: int, l: int, passes: int = 1) -> Plan:
+def hand_on(chunk_steps: int, l: int, passes: int = 1, tail: int | None = None) -> Plan:
     """Return the plan whose chunks have that many steps, the first one what is left.
 
     ``chunk_steps`` must be whole checkpoints. The first chunk is worked on last, so that a
-    short one leaves little of the GPU without work for long.
+    short one leaves little of the GPU without work for long. All chunks hand on, or the first
+    ``tail`` at most.
     """
     whole = -(-l // CHECKPOINT_STEPS) * CHECKPOINT_STEPS
     chunks = -(-whole // chunk_steps)
     first = whole - (chunks - 1) * chunk_steps
-    return Plan(chunks, chunk_steps, passes, first, chunks > 1)
+    return Plan(chunks, chunk_steps, passes, first, min(chunks, tail or chunks))
 
 
-# The unit of time is one step of a full multiprocessor, 0.42 us of an H200 with n = 16. So many
-# of them take what a block does before its first tile, also where chunks are joined and all
-# blocks wait for memory at once, and launching two more kernels.
+# The unit of time is one step of a full multiprocessor, 0.40 us of an H200 with n = 16. So many
+# of them take what a block does before its first tile, also where it waits for another's
+# gradient, and launching two more kernels; scan_carries takes so much of a step of its own, and
+# its blocks start together and wait for memory.
 _START_COST = 20
-_JOINED_START_COST = 40
-_JOIN_COST = 20
+_AWAITED_START_COST = 33
+_JOIN_COST = 24
+_CARRY_COST = 0.26
+_CARRY_START_COST = 36
 _HANDING_ON_COST = 1.02  # by the time that blocks take if none waits for another
 # So many times what the GPU runs at once are even enough.
 _EVEN = 16
+
+
+def _carry_time(carried: float, chunk_steps: int) -> float:
+    """Return how long scan_carries takes for so many blocks' chunks on each multiprocessor."""
+    return _CARRY_COST * carried * (chunk_steps + _CARRY_START_COST)
 
 
 def _time_handed_on(chosen: Plan, l: int, blocks: int, slots: int) -> int:
@@ -149,13 +166,15 @@ def plan(b: int, l: int, d: int, n: int, groups: int, form: Form, multiprocessor
     side_by_side = b * groups * -(-(d // groups) // (form.walkers * warp_channels(n)))
 
     def cost(chosen: Plan) -> float:
-        if chosen.handed_on:
+        if 1 < chosen.tail == chosen.chunks:
             return _HANDING_ON_COST * _time_handed_on(chosen, l, side_by_side, slots)
         waves = -(-side_by_side * chosen.chunks // slots)
-        if chosen.chunks == 1:
-            return waves * (chosen.chunk_steps + _START_COST)
-        carried = max(1.0, side_by_side * (chosen.chunks - 1) / slots)
-        return _JOIN_COST + (waves + 0.25 * carried) * (chosen.chunk_steps + _JOINED_START_COST)
+        start = _START_COST if chosen.tail == 1 else _AWAITED_START_COST
+        time = float(waves * (chosen.chunk_steps + start))
+        if chosen.chunks > 1:
+            carried = max(1.0, side_by_side * (chosen.chunks - chosen.tail) / slots)
+            time += _JOIN_COST + _carry_time(carried, chosen.chunk_steps)
+        return time
 
     checkpoints = -(-l // CHECKPOINT_STEPS)
     plans = [cut(chunks, l) for chunks in range(1, min(256, checkpoints) + 1)]
@@ -167,6 +186,12 @@ def plan(b: int, l: int, d: int, n: int, groups: int, form: Form, multiprocessor
             hand_on(k * CHECKPOINT_STEPS, l)
             for k in range(-(-checkpoints // 8), checkpoints, coarse)
         ]
+    # Of chunks that take several rounds of blocks, as many as there are rounds may hand on.
+    if side_by_side < slots and form.sums <= _FEW_SUMS:
+        for joined in plans[1:]:
+            rounds = -(-side_by_side * joined.chunks // slots)
+            if rounds < joined.chunks:
+                plans.append(hand_on(joined.chunk_steps, l, tail=rounds))
     chosen = min(plans, key=cost)
 
     # With many states the parts of dB and dC that each block leaves are large, so a block takes
@@ -200,13 +225,9 @@ def plan_for_pack(
     def cost(steps: int) -> float:
         if steps == longest:
             return packs.makespan(packs.work(whole, steps, _START_COST), columns, slots)
-        work = packs.work(whole, steps, _JOINED_START_COST)
+        work = packs.work(whole, steps, _START_COST)
         carried = max(1.0, work.carried_steps * columns / (slots * steps))
-        return (
-            _JOIN_COST
-            + packs.makespan(work, columns, slots)
-            + 0.25 * carried * (steps + _JOINED_START_COST)
-        )
+        return _JOIN_COST + packs.makespan(work, columns, slots) + _carry_time(carried, steps)
 
     checkpoints = longest // CHECKPOINT_STEPS
     counts = {-(-checkpoints // chunks) for chunks in (*range(1, 16), *range(16, 257, 16))}
@@ -258,7 +279,8 @@ def backward(
     call = Call(x, dt, A, B, C, D, gate, dt_bias, state, dt_softplus, dy, packed)
     b, l, d, n = call.sizes
     g, scalar, device = call.groups, call.scalar, x.device.index
-    form = _form(call.defines, call.group_channels, *_cuda.shared_memory(device))
+    gpu = GPU(*_cuda.shared_memory(device), _cuda.hands_over_registers(device))
+    form = _form(call.defines, call.group_channels, gpu)
     pack = b"" if cu_seqlens is None else _spans.bytes_of(cu_seqlens)
     sequences = b if cu_seqlens is None else len(cu_seqlens) - 1
     if plan is None:
@@ -267,7 +289,7 @@ def backward(
     if packed:
         table = packs.table(pack, plan.chunk_steps, x, share=plan.share)
     else:
-        table = packs.batch(b, plan.chunks)
+        table = packs.batch(b, plan.chunks, plan.tail)
     columns = -(-call.group_channels // (form.walkers * warp_channels(n) * plan.passes))
 
     dx = x.new_empty(b, l, d, dtype=call.stored_x)
@@ -305,6 +327,7 @@ def backward(
     arguments.token_parts, arguments.parts = token_parts.data_ptr(), parts.data_ptr()
     arguments.chunks = table.bins.number // b
     arguments.chunk_steps, arguments.first_steps = plan.chunk_steps, plan.first_steps
+    arguments.tail = plan.tail
     arguments.columns, arguments.passes = columns, plan.passes
     arguments.bins = table.bins.address
 
@@ -317,10 +340,12 @@ def backward(
     if plan.chunks > 1:
         carries = x.new_empty(table.chunks, d, n, dtype=scalar)
         arguments.carries = carries.data_ptr()
-        if plan.handed_on:
-            flags = x.new_zeros(blocks * plan.passes * form.walkers, dtype=torch.int32)
+        if plan.tail > 1:
+            flags = x.new_zeros(
+                columns * g * b * plan.tail * plan.passes * form.walkers, dtype=torch.int32
+            )
             arguments.flags = flags.data_ptr()
-        else:
+        if plan.tail < plan.chunks:
             dt_sums = x.new_empty(table.chunks, d, dtype=scalar)
             arguments.dt_sums = dt_sums.data_ptr()
             carry_blocks = -(-call.group_channels // (form.carry_warps * warp_channels(n)))
@@ -329,9 +354,8 @@ def backward(
             launch("scan_carries", carry_blocks, form.carry_warps * 32, form.carry_bytes)
             arguments.spans, arguments.listed = table.cut.address, table.cut.number
             launch("scan_join_back", -(-table.cut.number * d * n // _THREADS), _THREADS)
-    runners = max(1, form.walkers // 2)
     arguments.spans = table.spans.address
-    launch("scan_backward", blocks, 32 * (form.walkers + runners), form.shared_bytes)
+    launch("scan_backward", blocks, form.threads, form.shared_bytes)
     padded = 1 << (n - 1).bit_length()
     items = g * b * l * form.sums // min(4, padded) + width
     launch("scan_add", -(-items // _THREADS), _THREADS)
@@ -352,38 +376,58 @@ def backward(
 _plan = plan
 
 
+_FAR = 2**28  # elements
+
+
 def _within_reach(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy if its rows lie farther apart than an int can tell."""
-    return tensor.contiguous() if tensor.stride(1) >= 2**31 else tensor
+    """Return the tensor, or a copy if its rows lie more bytes apart than an int can tell."""
+    return tensor.contiguous() if tensor.stride(1) >= _FAR else tensor
 
 
 def _may_be_written(rows: Tensor, dtype: torch.dtype) -> bool:
     """Say whether rows of the dtype are dense and start where 16 bytes may be stored."""
     batch, time, channel = rows.stride()
     starts = rows.data_ptr() | batch * rows.itemsize | time * rows.itemsize
-    return rows.dtype == dtype and channel == 1 and starts % 16 == 0 and time < 2**31
+    return rows.dtype == dtype and channel == 1 and starts % 16 == 0 and time < _FAR
 
 
 _SIZES = {"float": 4, "bf16": 2, "fp16": 2, "double": 8}
-_forms: dict[tuple[Defines, int, int, int], Form] = {}
 
 
-def _form(defines: Defines, channels: int, block_bytes: int, bytes_in_all: int) -> Form:
+class GPU(NamedTuple):
+    """What of a GPU decides how scan_backward is built: see ``_cuda``."""
+
+    block_bytes: int
+    bytes_in_all: int
+    hands_over_registers: bool = False
+
+
+_forms: dict[tuple[Defines, int, GPU], Form] = {}
+
+
+def _form(defines: Defines, channels: int, gpu: GPU) -> Form:
     """Return how the kernel is built for a group of so many channels."""
-    key = (defines, channels, block_bytes, bytes_in_all)
+    key = (defines, channels, gpu)
     found = _forms.get(key)
     if found is None:
         found = _forms[key] = _choose(*key)
     return found
 
 
-def _choose(defines: Defines, channels: int, block_bytes: int, bytes_in_all: int) -> Form:
+def _choose(defines: Defines, channels: int, gpu: GPU) -> Form:
     """Choose the form in which most walkers are at work on a multiprocessor.
 
     Shorter tiles are worth less: what is done once for a tile is done more often. A second
     buffer takes about 1 % more time where there are few states.
     """
-    own = warp_channels(int(dict(defines)["STATES"]))
+    given = dict(defines)
+    sizes = [_SIZES[given[f"{k}_TYPE"]] for k in ("X", "DT", "COEFFICIENT")]
+    own = warp_channels(int(given["STATES"]))
+    tokens = given["CONSTANT_B"] == given["CONSTANT_C"] == "0"
+    pairs = given["ALIGNED"] == "1" and sizes[:2] == [2, 2]
+    if given["STATES"] == "1" and tokens and pairs and "PACKED" not in given:
+        blocks = min(_ONE_STATE_BLOCKS, gpu.bytes_in_all // (_ONE_STATE_BYTES + 1024))
+        return _build(defines, 1, 1, 4, max(1, blocks), one_state=True)
     tiles = [(1, 16, 1.0), (1, 8, 0.75), (1, 4, 0.5)]
     if _build(defines, 1, 1, 16).sums > _FEW_SUMS:
         tiles.append((2, 16, 1.05))
@@ -394,10 +438,10 @@ def _choose(defines: Defines, channels: int, block_bytes: int, bytes_in_all: int
         threads = 32 * (walkers + max(1, walkers // 2))
         for buffers, tile, worth in tiles:
             form = _build(defines, walkers, buffers, tile)
-            if max(form.shared_bytes, form.carry_bytes) > block_bytes:
+            if max(form.shared_bytes, form.carry_bytes) > gpu.block_bytes:
                 continue
             blocks = min(
-                bytes_in_all // (form.shared_bytes + 1024),
+                gpu.bytes_in_all // (form.shared_bytes + 1024),
                 _REGISTERS // (threads * _REGISTERS_PER_THREAD),
                 8 // walkers,
             )
@@ -406,14 +450,24 @@ def _choose(defines: Defines, channels: int, block_bytes: int, bytes_in_all: int
     if not forms:
         needed = _build(defines, 1, 1, 4).shared_bytes
         raise RuntimeError(
-            f"selective_scan: the gradient of {dict(defines)['STATES']} states needs {needed} "
-            f"bytes of shared memory in a block, and this GPU has {block_bytes}"
+            f"selective_scan: the gradient of {given['STATES']} states needs {needed} "
+            f"bytes of shared memory in a block, and this GPU has {gpu.block_bytes}"
         )
     _, walkers, blocks, buffers, tile = max(forms)
-    return _build(defines, walkers, buffers, tile, blocks)
+    # With 4-byte numbers or other numbers of states this was slower or is not measured.
+    hand_over = gpu.hands_over_registers and walkers == 8 and sizes == [2] * 3 and own == 16
+    return _build(defines, walkers, buffers, tile, blocks, hand_over)
 
 
-def _build(defines: Defines, walkers: int, buffers: int, tile: int, blocks: int = 1) -> Form:
+def _build(
+    defines: Defines,
+    walkers: int,
+    buffers: int,
+    tile: int,
+    blocks: int = 1,
+    hand_over: bool = False,
+    one_state: bool = False,
+) -> Form:
     given = dict(defines)
     n = int(given["STATES"])
     channels = warp_channels(n)
@@ -446,9 +500,14 @@ def _build(defines: Defines, walkers: int, buffers: int, tile: int, blocks: int 
     # four blocks on a multiprocessor, where that can be
     carry_warps = next((w for w in (4, 2) if w * own + shared_C <= 56 * 1024), 1)
     carry = -(-(carry_warps * own + shared_C) // 16) * 16
+    threads = 32 * (walkers + (walkers if hand_over else max(1, walkers // 2)))
+    if one_state:
+        threads, shared = 32, _ONE_STATE_BYTES
     more = (
         ("TILE", str(tile)),
         ("WALKERS", str(walkers)),
+        ("HAND_OVER", str(int(hand_over))),
+        ("ONE_STATE", str(int(one_state))),
         ("STORED_BUFFERS", str(buffers)),
         ("SEVERAL_PASSES", str(int(sums > _FEW_SUMS))),
         ("BLOCKS", str(blocks)),
@@ -457,15 +516,17 @@ def _build(defines: Defines, walkers: int, buffers: int, tile: int, blocks: int 
         ("SHARED_BYTES", str(shared)),
         ("CARRY_BYTES", str(carry)),
     )
-    return Form(defines + more, walkers, blocks, shared, carry_warps, carry, sums)
+    return Form(defines + more, walkers, threads, blocks, shared, carry_warps, carry, sums)
 
 
 def specialisations() -> Iterator[Defines]:
     """Yield the defines of the kernels that a model is likely to ask for, by GPU."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for kilobytes, dtype, n, packed in (
-        *((227, bf16, 16, 0), (227, fp32, 16, 0), (227, bf16, 1, 0), (227, bf16, 64, 0)),
-        *((163, bf16, 16, 0), (99, bf16, 16, 0), (163, bf16, 16, 1)),
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for kilobytes, hopper, dtype, n, packed in (
+        *((227, True, bf16, 16, 0), (227, True, fp16, 16, 0), (227, True, bf16, 16, 1)),
+        *((227, False, bf16, n, 0) for n in (16, 1, 64)),
+        *((227, False, fp32, 16, 0), (163, False, bf16, 16, 0), (99, False, bf16, 16, 0)),
+        (163, False, bf16, 16, 1),
     ):
         kinds = (
             ("STATES", str(n)),
@@ -478,4 +539,5 @@ def specialisations() -> Iterator[Defines]:
             ("ALIGNED_COEFFICIENTS", str(int(n > 1))),
             *((("PACKED", "1"),) if packed else ()),
         )
-        yield _choose(kinds, 2048, kilobytes * 1024, (kilobytes + 1) * 1024).defines
+        gpu = GPU(kilobytes * 1024, (kilobytes + 1) * 1024, hopper)
+        yield _choose(kinds, 2048, gpu).defines

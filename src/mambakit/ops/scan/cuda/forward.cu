@@ -429,6 +429,16 @@ DEVICE void leave_state(const Arguments& a, const Warp& warp, const Task& task, 
     if (task.ends(a)) {
         real* to = a.last_state + state_row(a, warp, task.sequence());
         store_states(to, warp.lane, warp.channels.count, h);
+        if (PACKED && a.checkpoints) {
+            // The room of a sequence is known before its length, and may be one more than it needs;
+            // nobody should find there what was in memory before.
+            const long long begin = task.begin(a);
+            const int steps = task.steps(a, begin), last = (steps - 1) / CHECKPOINT_STEPS;
+            const long long needed = checkpoint_row(a.in, task.sequence(), begin) + last;
+            const long long room = checkpoint_row(a.in, task.sequence(), begin + steps);
+            to = a.checkpoints + state_row(a, warp, room);
+            if (needed < room) store_states(to, warp.lane, warp.channels.count, h);
+        }
     } else if (a.flags) {
         real* to = a.starts + state_row(a, warp, task.chunk_row(a, 1));
         store_states(to, warp.lane, warp.channels.count, h);

@@ -37,7 +37,8 @@ def checkpoint_shape(
     """Return the shape of the states that ``forward`` saves: one every CHECKPOINT_STEPS.
 
     Of a pack of so many sequences, of which number k begins at step ``a``, those from number
-    ``a // CHECKPOINT_STEPS + k`` on are that sequence's.
+    ``a // CHECKPOINT_STEPS + k`` on are that sequence's. One that has room for a state more
+    than it needs keeps its last state there.
     """
     if sequences is not None:
         return (1, l // CHECKPOINT_STEPS + sequences, d, n)

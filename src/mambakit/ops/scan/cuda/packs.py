@@ -27,8 +27,9 @@ class Table(NamedTuple):
     """The lists of spans that the kernels of a call take.
 
     ``spans`` are all; ``first`` those that others of their sequence follow, ``later`` those
-    that follow others; ``cut`` has one for each sequence of several spans, with its first chunk
-    and, as ``steps``, how many they are. ``chunks`` counts the chunks of such sequences.
+    that follow others and are joined; ``cut`` has one for each sequence of several spans, with
+    its first chunk and, as ``steps``, how many they are. ``chunks`` counts the chunks of such
+    sequences.
     ``bins``, if blocks take several spans, are not spans: number i says which of them is the
     first of a block's share, and one more says where the last share ends.
     """
@@ -42,9 +43,9 @@ class Table(NamedTuple):
     words: Tensor | None = None  # where they lie
 
 
-def batch(b: int, chunks: int) -> Table:
-    """Return the table of a batch whose rows have so many chunks each."""
-    every, later = Listed(b * chunks), Listed(b * (chunks - 1))
+def batch(b: int, chunks: int, tail: int = 1) -> Table:
+    """Return the table of a batch whose rows have so many chunks each, the tail not joined."""
+    every, later = Listed(b * chunks), Listed(b * (chunks - tail))
     return Table(every, every, later, Listed(b), every, b * chunks)
 
 
