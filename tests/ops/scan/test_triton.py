@@ -276,7 +276,7 @@ def test_the_operator_takes_it_where_the_cuda_kernels_cannot_run(draw, monkeypat
         pytest.skip("needs a GPU, for which it is chosen")
     monkeypatch.setattr(_backends, "_why_not_cuda", lambda index: "this is a test")
     calls, run = [], kernel.backward
-    monkeypatch.setattr(kernel, "backward", lambda *given: calls.append(1) or run(*given))
+    monkeypatch.setattr(kernel, "backward", lambda *a, **k: calls.append(1) or run(*a, **k))
     inputs = draw(2, 70, 6, 5)
     leaves = [v.requires_grad_() for v in inputs.values() if torch.is_tensor(v)]
     outputs = [selective_scan(**inputs, backend=backend) for backend in ("fused", "reference")]
