@@ -59,11 +59,8 @@ def run(rounds: int, cases: str = "") -> Iterator[Row]:
         if not wanted and not reads:
             continue
         model = _model(name)
-        checks: dict[str | None, Check] = {}
         for case in wanted:
-            if case.weights not in checks:
-                checks[case.weights] = _check(model, case.weights)
-            yield from _decode(model, case, checks[case.weights], rounds)
+            yield from _decode(model, case, _check(model, case), rounds)
         if reads:
             yield from _read(model, rounds)
         del model
@@ -113,20 +110,20 @@ def _state_bytes(model: MambaLM, b: int) -> int:
 
 
 @torch.inference_mode()
-def _check(model: MambaLM, weights: str | None) -> Check:
+def _check(model: MambaLM, case: Case) -> Check:
     """Compare the last token's logits with float32's, as the model's own forward's are."""
-    tokens = _prompt(2, _CHECKED)
+    tokens = _prompt(case.batch, _CHECKED)
     exact_model = MambaLM(model.config, device=gpu.DEVICE).requires_grad_(False)
     exact_model.load_state_dict(model.state_dict())
     exact = exact_model(tokens, last_only=True).logits[:, 0]
     eager = model(tokens, last_only=True).logits[:, 0].float()
     state = model(tokens[:, : _CHECKED // 2]).state
-    step = GPUStep(model, weights)
+    step = GPUStep(model, case.weights)
     for t in range(_CHECKED // 2, _CHECKED):
         logits, state = step(tokens[:, t], state)
     what = f"error of logits after {_CHECKED // 2} steps over that of a bf16 forward"
     # int8 weights are other weights: their quality is another benchmark's
-    limit = _LIMIT if weights is None else 50.0
+    limit = _LIMIT if case.weights is None else 50.0
     return Check(what, float((logits - exact).norm() / (eager - exact).norm()), limit)
 
 

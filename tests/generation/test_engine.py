@@ -49,14 +49,17 @@ def test_it_chooses_the_same_and_keeps_the_same_states(
 
 @pytest.mark.parametrize("settings", [GREEDY, DRAWN])
 @pytest.mark.parametrize("stop_tokens", [(), (1,)])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("value", "whole"),
+    [(torch.nan, True), (torch.inf, True), (-torch.inf, True), (torch.inf, False)],
+)
 @pytest.mark.parametrize("late", [True, False])
 def test_scores_that_nothing_can_be_chosen_from_are_refused(
-    model, waiting, settings, stop_tokens, value, late
+    model, waiting, settings, stop_tokens, value, whole, late
 ):
     def spoil(scores, rows):
         spoilt = scores.clone()
-        spoilt[1] = value if len(rows[1]) == 5 else 0
+        spoilt[1, slice(None) if whole else 0] = value if len(rows[1]) == 5 else 0
         spoilt[:, 1] = -torch.inf  # the token that would end a row
         return spoilt
 

@@ -177,6 +177,26 @@ def test_tokens_are_drawn_with_their_probabilities():
     assert ((shares - probabilities).abs() <= 4 * deviation).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37])
+def test_a_temperature_near_zero_draws_the_likeliest(temperature):
+    scores, u = torch.tensor([[1.0, 20, 3], [5, 1, 0]]), torch.tensor([0.1, 0.9]).double()
+    choice = SamplingRules(temperature=temperature).choose_scored(scores, u=u)
+    assert choice.tokens.tolist() == [1, 0]
+
+
+def test_a_row_of_no_numbers_draws_some_token():
+    odds = torch.tensor([[torch.nan, 0, 0], [0, 0, torch.nan], [0, 0, 0]])
+    assert set(pick(odds, torch.rand(3).double()).tolist()) <= {0, 1, 2}
+
+
+def test_top_p_hears_no_other_row():
+    rows = torch.full((2, 400), -torch.inf)
+    rows[0, :7] = torch.rand(7)
+    rows[1] = torch.randn(400)
+    for p in rows[0].softmax(-1)[:7].sort(descending=True).values.cumsum(0).tolist():
+        assert torch.equal(keep_top_p(rows, p)[0], keep_top_p(rows[:1], p)[0])
+
+
 def test_forbidden_tokens_are_never_drawn():
     logits = torch.full((5_000, 8), -INF)
     logits[:, 3] = -700.0

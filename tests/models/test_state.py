@@ -215,6 +215,13 @@ class TestStacks:
         (gradient,) = torch.autograd.grad(held[[1, 1]].layers[0].ssm.sum(), state.layers[0].ssm)
         assert gradient[:, 0, 0].tolist() == [0, 2, 0]
 
+    def test_gradients_go_through_after_a_look_without_them(self, state):
+        held = ModelState.stacked(*map(torch.stack, zip(*state.layers, strict=True)))
+        with torch.no_grad():
+            assert len(held.layers) == len(state.layers)
+        (gradient,) = torch.autograd.grad(held.layers[0].ssm.sum(), state.layers[0].ssm)
+        assert (gradient == 1).all()
+
     def test_it_goes_through_copies_pytrees_and_the_compiler(self, held, state):
         copies = copy.copy(held), copy.deepcopy(held), pickle.loads(pickle.dumps(held))
         flat = pytree.tree_unflatten(*pytree.tree_flatten(held))

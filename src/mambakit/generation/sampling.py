@@ -79,13 +79,19 @@ def keep_top_p(logits: Float[Tensor, "b v"], p: float) -> Float[Tensor, "b v"]:
         >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.7).exp()
         tensor([[0.5000, 0.3000, 0.0000]])
     """
+    probabilities = logits.softmax(dim=-1)
     if logits.device.type == "cpu":  # elsewhere their number would have to be waited for
         allowed = (logits != -torch.inf).any(dim=0).nonzero()[:, 0]
         if 0 < len(allowed) < logits.shape[-1]:
-            few = keep_top_p(logits[:, allowed], p)
+            few = _keep_first(logits[:, allowed], probabilities[:, allowed], p)
             return torch.full_like(logits, -torch.inf).index_copy(1, allowed, few)
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
+    return _keep_first(logits, probabilities, p)
+
+
+def _keep_first(logits: Tensor, probabilities: Tensor, p: float) -> Tensor:
+    """Keep the most likely tokens until their probabilities reach ``p``."""
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    probabilities = probabilities.gather(-1, order)
     before = probabilities.cumsum(dim=-1) - probabilities
     forbidden = before >= p
     forbidden[:, 0] = False
@@ -252,9 +258,8 @@ class SamplingRules:
         if self.greedy:
             return likeliest(logits)
         best = logits.amax(dim=-1, keepdim=True)
-        # what becomes of the largest, as of all others; the other rules leave it as it is
-        top = best if self.temperature == 1 else apply_temperature(best, self.temperature)
-        odds = (self._narrow(logits) - top).exp()
+        # the largest becomes 0 and stays it under every rule and at any temperature
+        odds = self._narrow(logits - best).exp()
         return Choice(pick(odds, u), best[:, 0])
 
 
@@ -279,4 +284,5 @@ def pick(odds: Float[Tensor, "b v"], u: Float[Tensor, " b"] | None = None) -> In
     upto = (odds * 2.0**40).long().cumsum(dim=-1)
     total = upto[:, -1:]
     aim = (u[:, None] * total).long().minimum(total - 1)
-    return torch.searchsorted(upto, aim, right=True)[:, 0]
+    # a row of no numbers is refused by those who look, and until then must be some token
+    return torch.searchsorted(upto, aim, right=True)[:, 0].clamp(max=odds.shape[-1] - 1)

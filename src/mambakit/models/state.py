@@ -72,7 +72,9 @@ class ModelState:
             if name != "layers" or self.stacks is None:
                 raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}")
             layers = tuple(map(MixerState, *(part.unbind() for part in self.stacks)))
-            object.__setattr__(self, name, layers)
+            # views made without gradients would never have them
+            if not any(part.requires_grad for part in self.stacks):
+                object.__setattr__(self, name, layers)
             return layers
 
     def __len__(self) -> int:
