@@ -67,6 +67,10 @@ def replacing(target: Path) -> Iterator[Path]:
         'whole'
     """
     # the process id keeps two processes that share a cache out of each other's way
+    if target.name in ("", ".."):
+        raise RuntimeError(f"cannot write {target}: it names no file")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise RuntimeError(f"cannot write {target}: it is a device or a pipe, not a file")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

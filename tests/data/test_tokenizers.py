@@ -183,3 +183,21 @@ def test_a_token_outside_the_byte_alphabet_is_its_own_text():
     ids = [*tokenizer.encode("be").tolist(), 300]
     assert tokenizer.decode(ids) == "be你"
     assert tokenizer.decode_bytes(ids) == "be你".encode()
+
+
+@pytest.mark.parametrize("definition", ["[" * 100_000, '{"kind": ' + "1" * 5000 + "}"])
+def test_json_that_python_cannot_read_is_refused(tmp_path, definition):
+    (tmp_path / "tokenizer.json").write_text(definition)
+    with pytest.raises(ValueError, match=r"^load_tokenizer: .*tokenizer\.json must be JSON"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_text_that_a_definition_has_no_tokens_for_is_refused(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text(
+        '{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", '
+        '"vocab": {"x": 1}, "unk_token": "zz"}}'
+    )
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the text must be one that it knows"):
+        tokenizer.encode("y")

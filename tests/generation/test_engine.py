@@ -92,3 +92,13 @@ def test_the_next_step_is_on_its_way_before_a_look(model, waiting, monkeypatch, 
     end = min(set(range(V)) - set(free[0].tolist()))
     generate(model, prompt, max_new_tokens=3, stop_tokens=[end], **GREEDY)
     assert looks == wanted
+
+
+def test_complex_scores_are_refused(model):
+    with pytest.raises(ValueError, match=r"must return real logits, got torch\.complex64$"):
+        generate(
+            model,
+            torch.randint(V, (2, 3)),
+            max_new_tokens=2,
+            logits_processors=[lambda scores, rows: scores.to(torch.complex64)],
+        )

@@ -215,6 +215,11 @@ class TestStacks:
         (gradient,) = torch.autograd.grad(held[[1, 1]].layers[0].ssm.sum(), state.layers[0].ssm)
         assert gradient[:, 0, 0].tolist() == [0, 2, 0]
 
+    @pytest.mark.parametrize("shape", [(2, 3, 8, 4), (3, 2, 8, 4), (3, 3, 7, 4), (3, 8, 4)])
+    def test_stacks_of_different_states_are_refused(self, shape):
+        with pytest.raises(ValueError, match=r"^ModelState: stacks must be \(k, b, d, p\) and"):
+            ModelState.stacked(torch.zeros(3, 3, 8, 3), torch.zeros(shape))
+
     def test_gradients_go_through_after_a_look_without_them(self, state):
         held = ModelState.stacked(*map(torch.stack, zip(*state.layers, strict=True)))
         with torch.no_grad():

@@ -134,3 +134,50 @@ def test_a_run_is_not_written_over(config, tmp_path):
     with pytest.raises(ValueError, match=r"run must be no run folder: choose another$"):
         convert_model(tmp_path / "model", tmp_path / "run")
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_another_tokenizer_helps_a_run_whose_own_is_damaged(config, tmp_path):
+    train(config, tmp_path / "run", say=lambda line: None)
+    (tmp_path / "run" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be JSON"):
+        load_model(tmp_path / "run")
+    save_tokenizer(CharacterTokenizer("ab"), tmp_path / "other.json")
+    model, tokenizer = load_model(tmp_path / "run", str(tmp_path / "other.json"))
+    assert (model.training, tokenizer.vocab_size) == (False, 2)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_refused_conversion_leaves_the_model_that_was_there(tmp_path, name):
+    make().save_pretrained(tmp_path / "new")
+    save_tokenizer(ByteTokenizer(), tmp_path / "new" / "tokenizer.json")
+    make().save_pretrained(tmp_path / "old")
+    (tmp_path / "old" / name).unlink(missing_ok=True)
+    (tmp_path / "old" / name).mkdir()
+    weights = (tmp_path / "old" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"must be a file, got a folder$"):
+        convert_model(tmp_path / "new", tmp_path / "old", dtype=torch.bfloat16)
+    assert (tmp_path / "old" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_tokenizer_that_cannot_be_written_stops_the_weights(tmp_path, monkeypatch):
+    make().save_pretrained(tmp_path / "new")
+    save_tokenizer(ByteTokenizer(), tmp_path / "new" / "tokenizer.json")
+    make().save_pretrained(tmp_path / "old")
+    weights = (tmp_path / "old" / "model.safetensors").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        convert_model(tmp_path / "new", tmp_path / "old", dtype=torch.bfloat16)
+    assert (tmp_path / "old" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_tokenizer_link_that_leads_nowhere_is_not_taken_for_none(tmp_path):
+    make().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").symlink_to("nowhere.json")
+    with pytest.raises(ValueError, match=r"cannot read tokenizer .*tokenizer\.json"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot read tokenizer .*tokenizer\.json"):
+        convert_model(tmp_path, tmp_path / "new")

@@ -229,7 +229,14 @@ class JsonTokenizer:
 
     def encode(self, text: str | bytes) -> Ids:
         _as_bytes(text, self.name)  # a lone surrogate would be an error of the library's own
-        encoding = self._tokenizer.encode(_as_text(text, self.name), add_special_tokens=False)
+        text = _as_text(text, self.name)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        # of a text that the definition has no tokens for the library raises bare Exception too
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}: the text must be one that it knows, {error}"
+            ) from error
         return np.array(encoding.ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -287,7 +294,7 @@ def load_tokenizer(spec: str, texts: Iterable[str | bytes] = ()) -> Tokenizer:
     definition = read_text(path, "tokenizer")
     try:
         record = json.loads(definition)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets too deep
         raise ValueError(f"load_tokenizer: {path} must be JSON, got {error}") from error
     match record:
         case {"kind": "byte"}:

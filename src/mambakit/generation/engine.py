@@ -72,6 +72,10 @@ class Plan:
                     f"generate: a logits processor must return logits of shape {tuple(shape)}, "
                     f"got {got}"
                 )
+            if scores.is_complex():
+                raise ValueError(
+                    f"generate: a logits processor must return real logits, got {scores.dtype}"
+                )
         return scores
 
     def report(
@@ -103,7 +107,8 @@ def require_scored(fine: Bool[Tensor, " b"], rows: Sequence[int]) -> None:
         row = rows[int(fine.int().argmin())]
         raise ValueError(
             "generate: logits must be numbers and allow at least one token, got NaN, infinity "
-            f"or no token in row {row}: look at the model's weights and the logits processors"
+            f"or no token in row {row}: look at the model's weights, the logits processors and "
+            "the repetition penalty"
         )
 
 

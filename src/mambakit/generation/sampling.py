@@ -144,7 +144,7 @@ def likeliest(scores: Float[Tensor, "b v"]) -> Choice:
         best, tokens = scores.max(dim=-1)
         return Choice(tokens, best)
     # NumPy's is up to twenty times as fast as PyTorch's on a CPU, where rows lie dense.
-    rows = scores.detach().numpy()
+    rows = scores.detach().resolve_neg().numpy()
     tokens = torch.tensor([int(row.argmax()) for row in rows], dtype=torch.int64)
     return Choice(tokens, scores.gather(1, tokens[:, None])[:, 0])
 

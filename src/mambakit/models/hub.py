@@ -2,8 +2,9 @@
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,19 @@ def _fetch(repository: str, revision: str | None, local_files_only: bool) -> Pat
         if weights.suffix == ".json":
             for shard in read_index(weights):
                 fetch(shard, commit)
-        # a model may come without one, and a cache may be older than this line
-        with suppress(errors.EntryNotFoundError):
+        try:
             fetch(TOKENIZER, commit)
+        except errors.LocalEntryNotFoundError as error:
+            # the cache may be older than this line, and the model is there
+            cause = error.__cause__
+            if cause is not None and not isinstance(cause, errors.OfflineModeIsEnabled):
+                warnings.warn(
+                    f"from_pretrained: {repository} comes without its {TOKENIZER}, if it has "
+                    f"one: the Hub cannot be reached ({_first_line(cause)})",
+                    stacklevel=4,
+                )
+        except errors.EntryNotFoundError:
+            pass  # a model may come without one
         return folder
 
 

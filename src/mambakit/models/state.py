@@ -51,11 +51,19 @@ class ModelState:
         A step that goes on from it finds the tensors as ``stacks``, whole; the layers, which
         are views of them, are made when somebody looks.
 
+        Raises:
+            ValueError: The two are not of as many layers, sequences and channels.
+
         Example:
             >>> state = ModelState.stacked(torch.zeros(2, 3, 32, 3), torch.zeros(2, 3, 32, 16))
             >>> len(state), state.layers[1].ssm.shape
             (3, torch.Size([3, 32, 16]))
         """
+        if conv.ndim != 4 or ssm.ndim != 4 or conv.shape[:3] != ssm.shape[:3]:
+            raise ValueError(
+                "ModelState: stacks must be (k, b, d, p) and (k, b, d, n), got "
+                f"{tuple(conv.shape)} and {tuple(ssm.shape)}"
+            )
         state = cls.__new__(cls)
         object.__setattr__(state, "_stacks", MixerState(conv, ssm))
         return state

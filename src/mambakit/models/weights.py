@@ -102,6 +102,8 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
         raise ValueError(
             f"load: {path} must be JSON, got {error.msg} at line {error.lineno}"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+        raise ValueError(f"load: {path} must be JSON, got {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"load: {path} must be a JSON object, got {type(values).__name__}")
     return values

@@ -202,9 +202,26 @@ def load_run(
     Raises:
         ValueError: ``folder`` is no run, has no checkpoint yet, or a file of it is damaged.
     """
+    folder = Path(folder)
+    step = _chosen_step(folder, which)
+    model = load(checkpoint_folder(folder, step), device=device, dtype=dtype).eval()
+    config = load_config(folder / CONFIG)
+    return LoadedRun(model, load_tokenizer(str(folder / TOKENIZER)), config, step)
+
+
+def load_run_model(folder: Path, *, dtype: torch.dtype | None = None) -> MambaLM:
+    """Load the model of a run's best checkpoint, whatever its tokenizer is.
+
+    Raises:
+        ValueError: As ``load_run``.
+    """
+    load_config(folder / CONFIG)  # a damaged run is refused as a whole
+    return load(checkpoint_folder(folder, _chosen_step(folder, "best")), dtype=dtype).eval()
+
+
+def _chosen_step(folder: Path, which: str) -> int:
     if which not in ("best", "last"):
         raise ValueError(f"load_run: which must be 'best' or 'last', got {which!r}")
-    folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"load_run: {folder} must be a run folder, got one without {CONFIG} (where "
@@ -216,6 +233,4 @@ def load_run(
     step = steps[-1]
     if which == "best":
         step = read_run_state(checkpoint_folder(folder, step)).best_step or step
-    model = load(checkpoint_folder(folder, step), device=device, dtype=dtype).eval()
-    config = load_config(folder / CONFIG)
-    return LoadedRun(model, load_tokenizer(str(folder / TOKENIZER)), config, step)
+    return step

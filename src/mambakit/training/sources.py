@@ -12,7 +12,7 @@ from mambakit.data import Tokenizer, load_tokenizer
 from mambakit.models import MambaLM, checkpoint, load
 from mambakit.models.hub import locate
 
-from .run_folder import CONFIG, TOKENIZER, load_run
+from .run_folder import CONFIG, TOKENIZER, load_run_model
 
 _ALPHABET = "character:"
 _CONFIGS = (CONFIG, checkpoint.CONFIG)
@@ -53,7 +53,7 @@ def load_model(source: str | os.PathLike[str], tokenizer: str | None = None) -> 
     folder = _locate(source)
     if tokenizer is not None:
         made = _make_tokenizer(tokenizer)
-    elif (folder / TOKENIZER).is_file():
+    elif os.path.lexists(folder / TOKENIZER):
         made = load_tokenizer(str(folder / TOKENIZER))
     else:
         raise ValueError(
@@ -110,19 +110,27 @@ def convert_model(
     folder, target = _locate(source, revision, local_files_only), Path(target)
     if (target / CONFIG).is_file():
         raise ValueError(f"convert: {target} must be no run folder: choose another")
-    tokenizer = None
-    if (folder / TOKENIZER).is_file():
+    if os.path.lexists(folder / TOKENIZER):
         tokenizer = read_text(folder / TOKENIZER, "tokenizer")
-    elif (target / TOKENIZER).exists():
+    elif os.path.lexists(target / TOKENIZER):
         raise ValueError(
             f"convert: {target} must hold no {TOKENIZER}, for {source} has none to take its "
             "place: choose another folder"
         )
+    else:
+        tokenizer = None
+    for name in (TOKENIZER, checkpoint.CONFIG):
+        if (target / name).is_dir():
+            raise ValueError(f"convert: {target / name} must be a file, got a folder")
     model = _load(folder, dtype)
-    model.save_pretrained(target, layout=layout)
-    if tokenizer is not None:
-        with replacing(target / TOKENIZER) as temporary:
-            temporary.write_text(tokenizer, encoding="utf-8")
+    if tokenizer is None:
+        model.save_pretrained(target, layout=layout)
+        return model
+    # the tokenizer is written before the weights and takes its place after them: a full disk
+    # leaves what was there
+    with replacing(target / TOKENIZER) as temporary:
+        temporary.write_text(tokenizer, encoding="utf-8", newline="")
+        model.save_pretrained(target, layout=layout)
     return model
 
 
@@ -148,7 +156,7 @@ def _locate(
 
 def _load(folder: Path, dtype: torch.dtype | None = None) -> MambaLM:
     if (folder / CONFIG).is_file():
-        return load_run(folder, dtype=dtype).model
+        return load_run_model(folder, dtype=dtype)
     return load(folder, dtype=dtype).eval()
 
 
