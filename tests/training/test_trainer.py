@@ -532,6 +532,22 @@ def test_a_damaged_checkpoint_is_refused(config, tmp_path, name):
     assert "whole" in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["training.safetensors", "model.safetensors"])
+def test_one_changed_bit_of_a_tensor_is_found(config, tmp_path, name):
+    train(config, tmp_path / "run", say=quiet)
+    path = checkpoint_folder(tmp_path / "run", 12) / name
+    content = bytearray(path.read_bytes())
+    content[-500] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"must be as it was written, got one that was changed$"
+    ):
+        train(config, tmp_path / "run", resume=True, say=quiet)
+    if name == "model.safetensors":
+        with pytest.raises(ValueError, match=r"must be as it was written"):
+            load_run(tmp_path / "run", which="last")
+
+
 def test_a_checkpoint_of_wrong_numbers_is_refused(config, tmp_path):
     train(config, tmp_path / "run", say=quiet)
     path = checkpoint_folder(tmp_path / "run", 12) / "training.json"

@@ -5,8 +5,10 @@ A checkpoint is a folder ``checkpoints/step-00000400`` that appears whole or not
     model.safetensors, config.json    the model, as ``mambakit.models.save`` writes it
     training.safetensors              AdamW's moments, random generators, the carried state
     training.json                     step, place in the batches, best score so far
+    checksums.json                    SHA-256 of the two files of tensors
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from mambakit._files import read_text, replacing, sweep
 from mambakit.data import Batches
-from mambakit.models import MambaLM, ModelState, save
+from mambakit.models import MambaLM, ModelState, load, save
 from mambakit.modules import MixerState
 
 from .optimizer import load_optimizer_tensors, optimizer_tensors
@@ -84,6 +86,41 @@ def _carried(state: ModelState | None) -> dict[str, Tensor]:
     }
 
 
+_CHECKSUMS = "checksums.json"
+_TENSORS = ("model.safetensors", "training.safetensors")
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _require_as_written(path: Path) -> None:
+    """Refuse a file of tensors that has changed since; older versions left nothing to tell."""
+    record = path.with_name(_CHECKSUMS)
+    if not record.exists():
+        return
+    try:
+        same = json.loads(read_text(record, "checkpoint"))[path.name] == _checksum(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"resume: {record} must be a whole file, got {error!r}") from error
+    if not same:
+        raise ValueError(f"load: {path} must be as it was written, got one that was changed")
+
+
+def load_checkpoint_model(
+    checkpoint: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> MambaLM:
+    """Load the model of a checkpoint, in evaluation mode.
+
+    Raises:
+        ValueError: A file is missing, damaged or not as it was written.
+    """
+    model = load(checkpoint, device=device, dtype=dtype)
+    _require_as_written(checkpoint / _TENSORS[0])
+    return model.eval()
+
+
 def _write_run_state(path: Path, run: RunState) -> None:
     # JSON has no infinity: no score yet is null
     record = asdict(run) | {"best_loss": run.best_loss if run.best_step else None}
@@ -117,6 +154,8 @@ def save_checkpoint(
                 temporary / "training.safetensors",
             )
             _write_run_state(temporary / "training.json", run)
+            checksums = {name: _checksum(temporary / name) for name in _TENSORS}
+            (temporary / _CHECKSUMS).write_text(json.dumps(checksums, indent=2), "utf-8")
     for step in checkpoint_steps(folder):
         if step not in (run.step, run.best_step):
             # the new name marks it as rubbish, should the removal be cut short
@@ -179,6 +218,7 @@ def load_checkpoint(
         ) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"resume: {path} must be a whole checkpoint, got: {error}") from error
+    _require_as_written(path)
     return run, state
 
 

@@ -20,10 +20,15 @@ import torch
 
 from mambakit._files import read_text, replacing, sweep
 from mambakit.data import Tokenizer, load_tokenizer, save_tokenizer
-from mambakit.models import MambaLM, load
+from mambakit.models import MambaLM
 
 from .config import RunConfig, dump_config, load_config
-from .resume import checkpoint_folder, checkpoint_steps, read_run_state
+from .resume import (
+    checkpoint_folder,
+    checkpoint_steps,
+    load_checkpoint_model,
+    read_run_state,
+)
 
 CONFIG, TOKENIZER, METRICS = "config.toml", "tokenizer.json", "metrics.jsonl"
 PLOT, TOKENS = "loss.png", "tokens"
@@ -204,7 +209,7 @@ def load_run(
     """
     folder = Path(folder)
     step = _chosen_step(folder, which)
-    model = load(checkpoint_folder(folder, step), device=device, dtype=dtype).eval()
+    model = load_checkpoint_model(checkpoint_folder(folder, step), device=device, dtype=dtype)
     config = load_config(folder / CONFIG)
     return LoadedRun(model, load_tokenizer(str(folder / TOKENIZER)), config, step)
 
@@ -216,7 +221,9 @@ def load_run_model(folder: Path, *, dtype: torch.dtype | None = None) -> MambaLM
         ValueError: As ``load_run``.
     """
     load_config(folder / CONFIG)  # a damaged run is refused as a whole
-    return load(checkpoint_folder(folder, _chosen_step(folder, "best")), dtype=dtype).eval()
+    return load_checkpoint_model(
+        checkpoint_folder(folder, _chosen_step(folder, "best")), dtype=dtype
+    )
 
 
 def _chosen_step(folder: Path, which: str) -> int:

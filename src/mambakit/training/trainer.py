@@ -21,7 +21,7 @@ from mambakit.data import (
 )
 from mambakit.data.text import expand
 from mambakit.evaluation import LanguageScore, evaluate_tokens
-from mambakit.models import MambaLM, ModelState, load
+from mambakit.models import MambaLM, ModelState
 from mambakit.ops import _backends, _native
 
 from .compilation import Compilation, compile_blocks, resolve_compilation
@@ -40,6 +40,7 @@ from .resume import (
     checkpoint_folder,
     checkpoint_steps,
     load_checkpoint,
+    load_checkpoint_model,
     save_checkpoint,
 )
 from .run_folder import CONFIG, PLOT, TOKENIZER, Metrics, new_run_folder, tidy, write_start
@@ -390,7 +391,9 @@ class _Run:
         )
         done = checkpoint_steps(folder)
         model = (
-            load(checkpoint_folder(folder, done[-1]), device=machine.device)
+            load_checkpoint_model(
+                checkpoint_folder(folder, done[-1]), device=machine.device
+            ).train()
             if done
             else _make_model(config, corpus, machine)
         )

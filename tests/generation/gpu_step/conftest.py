@@ -47,15 +47,21 @@ def multiply(a, b, out):
 
 @pytest.fixture
 def make_model():
-    """A model whose logits, states and gates are of the size of 1."""
+    """A model whose logits, states and gates are of the size of 1, all parameters at random."""
 
     def make(dtype=torch.float32, **config):
         sizes = {"d_model": 24, "n_layer": 2, "vocab_size": VOCABULARY, "d_state": 5} | config
         model = MambaLM(MambaConfig(**sizes)).requires_grad_(False)
         model.backbone.embedding.weight.normal_()
         model.lm_head.weight.normal_(std=0.3)
+        model.backbone.norm_f.weight.normal_(mean=1, std=0.3)
         for block in model.backbone.layers:
+            block.norm.weight.normal_(mean=1, std=0.3)
+            block.mixer.D.normal_(mean=1, std=0.3)
             block.mixer.dt_proj.bias += 3
+            for linear in (block.mixer.in_proj, block.mixer.out_proj):
+                if linear.bias is not None:
+                    linear.bias.normal_(std=0.5)
         return model.to(dtype)
 
     return make

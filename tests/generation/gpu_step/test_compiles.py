@@ -20,29 +20,35 @@ except RuntimeError as error:
 else:
     _MISSING = ""
 
-# Width, inner channels, states, rank: the published sizes, and FalconMamba 7B's.
+# Width, inner channels, states, rank, window: the published sizes, FalconMamba 7B's, and the
+# most of everything that goes with a library's products.
 MODELS = {
-    "130M": (768, 1536, 16, 48),
-    "1.4B": (2048, 4096, 16, 128),
-    "2.8B": (2560, 5120, 16, 160),
-    "7B": (4096, 8192, 16, 256),
+    "130M": (768, 1536, 16, 48, 4),
+    "1.4B": (2048, 4096, 16, 128, 4),
+    "2.8B": (2560, 5120, 16, 160, 4),
+    "7B": (4096, 8192, 16, 256, 4),
+    "most": (2048, 4096, 32, 128, 5),
 }
-SHORT, INT8, LONG = (
+SHORT, HALF, ROUNDED, INT8, LONG = (
     (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.int8),
     (torch.float32, torch.float32),
 )
 
 
 def compilations():
-    """1.4B in all dtypes; the other sizes and architectures in bfloat16."""
+    """1.4B in all dtypes; other sizes and architectures in one, of many sequences in more."""
     wanted = [("sm_90", "1.4B", kind, b) for kind in (SHORT, INT8, LONG) for b in (1, 16, 128)]
     wanted += [("sm_90", model, SHORT, 64) for model in ("130M", "2.8B", "7B")]
     wanted += [(arch, "1.4B", SHORT, b) for arch in ("sm_80", "sm_100") for b in (1, 128)]
+    wanted += [("sm_90a", "1.4B", SHORT, 64), ("sm_90a", "most", HALF, 64)]
+    wanted += [(arch, "most", ROUNDED, 128) for arch in ("sm_80", "sm_90a", "sm_100")]
     seen = set()
     for arch, model, (dtype, storage), b in wanted:
-        m, d, n, r = MODELS[model]
-        sizes = Sizes(dtype, storage, factor(dtype, storage), m, n, r, 4)
+        m, d, n, r, w = MODELS[model]
+        sizes = Sizes(dtype, storage, factor(dtype, storage), m, n, r, w)
         for build in specialisations(sizes, d, VOCABULARY, b, H200):
             if (arch, build) not in seen:
                 seen.add((arch, build))

@@ -14,6 +14,7 @@ from mambakit.generation.gpu_step.tiling import (
     _step,
     group,
     room,
+    takes_library,
     tile,
     tile_scan,
 )
@@ -124,6 +125,20 @@ def test_a_tiling_covers_the_scan(shared, d, r, n, b):
     assert cut.slots >= 2
     assert cut.shared_bytes <= min(shared, 110 * 1024)
     assert x * y <= 2 * 132 or cut.sequences == 32
+
+
+def test_a_library_multiplies_for_many_sequences_of_sizes_that_registers_hold():
+    assert takes_library(32, 16, 256, 8192, 5)
+    assert takes_library(32, 32, 128, 8192, 5)
+    for wrong in (
+        (16, 16, 256, 8192, 4),  # few sequences
+        (32, 16, 257, 8192, 4),
+        (32, 32, 129, 8192, 4),
+        (32, 24, 1, 8192, 4),
+        (32, 16, 1, 8200, 4),
+        (32, 16, 256, 8192, 6),
+    ):
+        assert not takes_library(*wrong)
 
 
 def test_rooms_and_groups():

@@ -81,7 +81,7 @@ def test_equals_the_forward_for_any_number_of_sequences(make_model, draw, b):
 def test_errs_no_more_than_the_forward_in_short_numbers(
     make_model, as_read, draw, dtype, weights, b
 ):
-    model = make_model(dtype, d_model=40, dt_rank=3)
+    model = make_model(dtype, d_model=40, dt_rank=3, d_state=5 if b < 16 else 16)
     exact = as_read(model, weights)
     eager = copy.deepcopy(exact).to(dtype if dtype != torch.float32 else torch.bfloat16)
     tokens = draw(b, 6)
@@ -147,6 +147,16 @@ def test_kernels_start_early_unless_many_blocks_wait_for_places(
     assert any(by_library) == (short and b > 16)
     assert early[0] is False
     assert early[1:] == [(short or b == 3) and not library for library in by_library[1:]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grids_have_room_for_very_many_sequences(make_model, monkeypatch, dtype):
+    packed = GPUStep(make_model(dtype, d_model=8, d_state=16, vocab_size=8))._packed
+    monkeypatch.setattr(_cuda, "kernel", lambda *_: None)
+    rest = launches.Launches(packed, 70_016).rest
+    grids = [launch.grid for launch in rest if isinstance(launch, launches.Launch)]
+    assert len(grids) == (2 * 4 + 1 if dtype == torch.bfloat16 else 2 * 5 + 1)
+    assert all(1 <= y <= 65535 and 1 <= z <= 65535 for _, y, z in grids)
 
 
 def test_few_and_many_sequences_take_turns(make_model, draw):

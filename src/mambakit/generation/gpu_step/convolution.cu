@@ -5,6 +5,7 @@
 // The window is what the convolution remembers and the new number, which joins it. A thread has
 // EACH neighbouring channels of one sequence, in pieces of 16 bytes; all that depends on no kernel
 // of this token is asked for before the block waits for those. Channels are a multiple of EACH.
+// Sequences are along x, of which alone a grid may have any number.
 //
 // -D gives what common.cuh says, of short FACTOR; WINDOW, the numbers in a window.
 #include "common.cuh"
@@ -67,8 +68,8 @@ DEVICE void add_all(float* to, const float* from) {
 }
 
 KERNEL(THREADS, 4) convolve(const __grid_constant__ Arguments a) {
-    const long long c = ((long long)blockIdx.x * THREADS + threadIdx.x) * EACH;
-    const long long row = blockIdx.y, b = a.call->b;
+    const long long c = ((long long)blockIdx.y * THREADS + threadIdx.x) * EACH;
+    const long long row = blockIdx.x, b = a.call->b;
     const bool there = c < a.channels && row < b;
     const long long window = (a.layer * b + row) * PAST * a.channels + c;
     const TYPE* old_window = in_global(a.call->conv);

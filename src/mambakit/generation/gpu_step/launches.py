@@ -142,7 +142,7 @@ class Sizes(NamedTuple):
     def takes_library(self, d: int, capacity: int) -> bool:
         """Return whether a library multiplies the large matrices."""
         short = self.storage == self.factor != torch.float32
-        return short and takes_library(capacity, self.n, self.r, d)
+        return short and takes_library(capacity, self.n, self.r, d, self.w)
 
 
 def specialisations(
@@ -280,7 +280,7 @@ class Launches:
             layer=i,
         )
         defines = self._sizes.convolution()
-        grid = (-(-packed.d // _CONVOLVED), capacity, 1)
+        grid = (capacity, -(-packed.d // _CONVOLVED), 1)
         self._append("convolution", CONVOLUTION, "convolve", defines, grid, 128, convolution)
 
         blocks = -(-packed.d // SCAN_CHANNELS)

@@ -68,9 +68,10 @@ struct Low {
           BC((float*)(shared + RING + STEPS_BYTES + 2 * LOW_BYTES)) {}
 
     // Add up the spans; then FalconMamba's norms. A warp has every eighth sequence, and asks for
-    // BATCH of them at once.
+    // BATCH of them at once, as registers beside dt_proj and A allow.
     METHOD void gather(const Arguments& a, long long first, int rows) const {
-        constexpr int BATCH = SEQUENCES > WARPS && SPANS * EACH <= 24 ? 2 : 1;
+        constexpr bool FIT = PIECES <= 5 && SPANS * EACH * QUADS <= 24;
+        constexpr int BATCH = SEQUENCES > WARPS && FIT ? 2 : 1;
         const int lane = threadIdx.x % 32;
 #pragma unroll 1
         for (int j = threadIdx.x / 32; j < rows; j += BATCH * WARPS) {

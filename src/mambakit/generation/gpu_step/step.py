@@ -18,6 +18,7 @@ from ..stand_in import Seen, check_state, check_tokens, no_gradients, refusal_of
 from .arguments import Call
 from .graph import Graph
 from .launches import Launches
+from .library import Multiplication
 from .packing import PackedModel
 from .sums import sums_of_bits
 from .tiling import room
@@ -82,6 +83,13 @@ class GPUStep:
     dtype, a float32 model's to bfloat16 where its weights are. A float32 model with its own
     weights is computed in float32 throughout. The state goes back and forth between the step
     and the model at any token, and no call changes a state that it was given.
+
+    From 17 sequences on cuBLAS multiplies the large matrices, if they are of 16-bit numbers and
+    the model's other sizes allow it. What in_proj gives is then rounded to the vectors' dtype
+    before its bias, its gate and the convolution's window, also in a float32 model with weights
+    of ``"bf16"``. Whether its sums may be in fewer digits than float32 is what
+    ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` and its like for
+    float16 said when the graph was made.
 
     A token outside the vocabulary makes its own row's logits and state NaN: to refuse it would
     take as long as the step, for the host would have to wait.
@@ -192,7 +200,10 @@ class _Graphs:
                 launch.run()
 
         device = self._packed.embedding.device
-        rest = Graph(device, queue).launch if device.type == "cuda" else queue
+        rest: Callable[[], None] = queue
+        if device.type == "cuda":
+            multiplies = any(isinstance(launch, Multiplication) for launch in launches.rest)
+            rest = Graph(device, queue, multiplies=multiplies).launch
         self._kept[size] = launches, rest
         if len(self._kept) > _MOST_GRAPHS:
             self._kept.popitem(last=False)

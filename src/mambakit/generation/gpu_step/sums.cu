@@ -2,10 +2,11 @@
 //
 //     sum_j (2 j + 1) word_j     modulo 2^64
 //
-// A factor that is odd becomes 0 by no difference of a word, and no two places have the same one,
-// so that an exchange of two words shows too. Words have four bytes, and two at the end of a
-// tensor or all over one that does not lie on a border of 16 bytes. Sums of whole numbers are the
-// same in any order. -D gives THREADS, whole warps.
+// A factor that is odd becomes 0 by no difference of a word, and no two places among 2^31 have the
+// same one, so that an exchange of two words shows too; after so many words, 8 GB, factors begin
+// again. Words have four bytes, and two at the end of a tensor or all over one that does not lie
+// on a border of 16 bytes. Sums of whole numbers are the same in any order. -D gives THREADS,
+// whole warps.
 #include "_cuda.cuh"
 
 typedef unsigned long long Sum;

@@ -36,9 +36,16 @@ _LIBRARY_FROM = 32
 _OVERLAP_TO = 16
 
 
-def takes_library(b: int, n: int, r: int, d: int) -> bool:
+# What registers hold: for each number of states that the scan of many sequences has, the
+# largest rank, from 225 on but for a few bytes; and the widest window of their convolution.
+_LARGEST_RANK = {16: 256, 32: 128}
+_WIDEST_WINDOW = 5
+
+
+def takes_library(b: int, n: int, r: int, d: int, w: int) -> bool:
     """Return whether ``scan_many.cu`` and what goes with it can serve, and are faster."""
-    return b >= _LIBRARY_FROM and n in (16, 32) and r <= 256 and d % 16 == 0
+    fits = r <= _LARGEST_RANK.get(n, 0) and w <= _WIDEST_WINDOW
+    return b >= _LIBRARY_FROM and fits and d % 16 == 0
 
 
 def overlaps(b: int, library: bool) -> bool:
