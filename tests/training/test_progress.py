@@ -50,6 +50,19 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch):
     assert said == ["a line of its own"]
 
 
+def test_on_a_terminal_without_width_there_are_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(Terminal, "fileno", lambda self: 2, raising=False)
+    monkeypatch.setattr(
+        module.os, "get_terminal_size", lambda _: module.os.terminal_size((0, 0))
+    )
+    said = []
+    progress = Progress(steps=1, done=0, tokens_per_step=100, say=said.append)
+    progress.update(1, 2.0, 2.885)
+    progress.close()
+    assert said[0].startswith("step 1/1: loss 2.000")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599.9, "1 h 0 min"), (90_000, "25 h 0 min")],

@@ -116,6 +116,8 @@ def test_a_mistyped_name_asks_no_network(tmp_path, monkeypatch):
         load_model("runs/dmeo")
     with pytest.raises(ValueError, match=r"^load: there is no other in the folder runs$"):
         load_model("runs/other")
+    with pytest.raises(ValueError, match=r"no dmeo in the folder runs; did you mean runs/demo"):
+        convert_model("runs/dmeo", "new")
 
 
 def test_a_tokenizer_of_another_model_is_not_left_beside_a_converted_one(tmp_path):

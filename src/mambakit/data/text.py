@@ -140,7 +140,7 @@ def find_documents(
             if not found:
                 raise ValueError(
                     f"data: the folder {place} must hold files named {' or '.join(patterns)}, "
-                    "got none"
+                    "got none: data.patterns says which files count"
                 )
         elif path.is_file():
             found = [_document(path.name, path)]

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, else a line now and then."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class Progress:
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
-            if sys.stderr is not None and sys.stderr.isatty()
+            if _shows_bars()
             else None
         )
         self._last_line = self._began = time.monotonic()
@@ -104,3 +105,13 @@ class Progress:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _shows_bars() -> bool:
+    """Say whether there is a terminal with room: those of some containers have no width."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:  # it does not tell
+        return True

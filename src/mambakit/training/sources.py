@@ -107,6 +107,7 @@ def convert_model(
         >>> torch.equal(MambaLM.from_pretrained(theirs).lm_head.weight, model.lm_head.weight)
         True
     """
+    _refuse_mistyped(Path(source))
     folder, target = _locate(source, revision, local_files_only), Path(target)
     if (target / CONFIG).is_file():
         raise ValueError(f"convert: {target} must be no run folder: choose another")
