@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mambakit import MambaConfig, MambaLM
-from mambakit.generation.gpu_step import library, packing, step
+from mambakit.generation.gpu_step import multiplication, packing, step
 from mambakit.ops import _cuda
 from tests import emulator
 
@@ -35,7 +35,7 @@ def emulated(monkeypatch, chosen_device):
     monkeypatch.setattr(_cuda, "kernel", emulator.kernel)
     monkeypatch.setattr(_cuda, "multiprocessors", lambda _: emulator.MULTIPROCESSORS)
     monkeypatch.setattr(_cuda, "shared_memory", lambda _: emulator.SHARED_MEMORY)
-    monkeypatch.setattr(library, "multiply", multiply)
+    monkeypatch.setattr(multiplication, "multiply", multiply)
     monkeypatch.setattr(step, "_DEVICE", "cpu")
     monkeypatch.setattr(step, "_why_no_kernels", lambda _: None)
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from mambakit import MambaConfig, MambaLM
 from mambakit.generation import generate
 from mambakit.generation.gpu_step import GPUStep, launches, refusal, step as step_module
-from mambakit.generation.gpu_step.library import Multiplication
+from mambakit.generation.gpu_step.multiplication import Multiplication
 from mambakit.generation.stepping import stepper
 from mambakit.models import ModelState
 from mambakit.modules import MixerState

@@ -11,7 +11,7 @@ import torch
 
 from mambakit.ops import _cuda
 
-from .library import workspace_in
+from .multiplication import workspace_in
 
 _capture = threading.Lock()
 

@@ -21,7 +21,7 @@ from .arguments import (
     ScanArguments,
     ScanManyArguments,
 )
-from .library import Multiplication
+from .multiplication import Multiplication
 from .packing import Layer, Matrix, PackedModel
 from .tiling import (
     GPU,

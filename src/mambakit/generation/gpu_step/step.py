@@ -18,7 +18,7 @@ from ..stand_in import Seen, check_state, check_tokens, no_gradients, refusal_of
 from .arguments import Call
 from .graph import Graph
 from .launches import Launches
-from .library import Multiplication
+from .multiplication import Multiplication
 from .packing import PackedModel
 from .sums import sums_of_bits
 from .tiling import room
