@@ -1,7 +1,8 @@
 """Training steps on a GPU, as ``mambakit train`` makes them, beside a Llama of the same size.
 
 Forward, loss, backward, clipping and fused AdamW; float32 weights under bf16 autocast. The
-Llama is transformers', with PyTorch's attention, its layers compiled one by one as ours are.
+Llama is transformers', with PyTorch's attention, its layers compiled one by one as ours are,
+and once more as it comes.
 mamba_ssm's own model is a row where it is installed.
 """
 
@@ -11,6 +12,7 @@ import importlib.util
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +68,7 @@ def run(rounds: int, cases: str = "") -> Iterator[Row]:
         makers: dict[str, Callable[[Case, Tensor], _Step]] = {"mambakit": _Ours}
         if importlib.util.find_spec("transformers") is not None:
             makers["Llama, compiled"] = _Llama
+            makers["Llama, eager"] = partial(_Llama, compiles=False)
         if importlib.util.find_spec("mamba_ssm") is not None:
             makers["mamba_ssm"] = _MambaSSM
         # Two models of this size do not fit side by side, so the turns are of whole models.
@@ -204,7 +207,7 @@ class _Peer(_Step):
 
 
 class _Llama(_Peer):
-    def __init__(self, case: Case, tokens: Tensor) -> None:
+    def __init__(self, case: Case, tokens: Tensor, *, compiles: bool = True) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -220,8 +223,9 @@ class _Llama(_Peer):
         )
         with torch.device(gpu.DEVICE):
             model = LlamaForCausalLM(config)
-        for layer in model.model.layers:
-            layer.compile()
+        if compiles:
+            for layer in model.model.layers:
+                layer.compile()
         super().__init__(model, tokens)
 
 

@@ -182,7 +182,7 @@ def gpu_conv(cases: Cases) -> Table:
 
 def gpu_training_step(cases: Cases) -> Table:
     """Show tokens a second and peak memory, beside a Llama and mamba_ssm."""
-    peers = ("Llama, compiled", "mamba_ssm")
+    peers = ("Llama, compiled", "Llama, eager", "mamba_ssm")
     table: Table = [("case", "mambakit", *(k for p in peers for k in (p, "mambakit / it")))]
     for name, case in cases.items():
         line = [name, _quantity(case["mambakit"])]
