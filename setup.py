@@ -124,8 +124,10 @@ class BuildLibraries(build_ext):
             self.compiler.link_shared_object(objects, temporary, target_lang="c++")
             os.replace(temporary, target)
         except (CompileError, ExecError, LinkError, PlatformError) as error:
-            # One of an earlier build would be of other sources.
+            # One of an earlier build would be of other sources, here as in the source tree.
             Path(target).unlink(missing_ok=True)
+            if self.editable_mode:
+                Path("src", self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             self.reasons.append(
                 f"{ext.name.rpartition('.')[2]} failed to compile when mambakit was installed "
                 f"({error})"

@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../_pages.h"
 #include "../_simd.h"
 #include "../_threads.h"
 
@@ -543,6 +544,7 @@ MK_EXPORT bool mk_conv_forward(
     using T = std::remove_pointer_t<decltype(type)>;
     prepare<T>(p, {weight, weight_dtype, weight_d, weight_w}, {bias, bias_dtype, bias_d, 0},
                memory);
+    prefer_large_pages(y, b * l * d * sizeof(T));
     const bool done = with_width<T>(w, silu, [&](auto width, auto with_silu) {
       std::atomic<bool> enough{true};
       for_each_task(p.b * p.spans * p.blocks, worthwhile(p, threads), [&](int64_t task) {
@@ -588,6 +590,7 @@ MK_EXPORT bool mk_conv_backward(
     using S = Compute<T>;
     prepare<T>(p, {weight, weight_dtype, weight_d, weight_w}, {bias, bias_dtype, bias_d, 0},
                memory);
+    prefer_large_pages(dx, b * l * d * sizeof(T));
     const int team = worthwhile(p, threads);
     const bool done = with_width<T>(w, silu, [&](auto width, auto with_silu) {
       std::atomic<bool> enough{true};

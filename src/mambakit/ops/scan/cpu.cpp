@@ -28,10 +28,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "../_pages.h"
 #include "../_simd.h"
 #include "../_threads.h"
 
@@ -1258,21 +1255,7 @@ void gather_tokens(const Arguments& a, const Plan& p, const Rows& out, S* partia
   });
 }
 
-// Asks the system for large pages below a big output. Its memory is usually fresh, and to be
-// handed it in pages of 4 KB takes as long as a third of the arithmetic. The ends reach into
-// large pages that neighbours share, for whom the advice is as good. A system that will not is no
-// error.
-void prefer_large_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t large = uintptr_t{1} << 21;
-  if (bytes < large) return;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(data) / large * large;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes + large - 1) / large * large;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-void prefer_large_pages(const Arguments& a, std::initializer_list<const Rows*> outputs) {
+void prefer_large_outputs(const Arguments& a, std::initializer_list<const Rows*> outputs) {
   for (const Rows* rows : outputs) {
     const size_t bytes = rows->dtype == float64 ? 8 : rows->dtype == float32 ? 4 : 2;
     if (rows->data) prefer_large_pages(rows->data, a.b * a.l * a.d * bytes);
@@ -1295,7 +1278,7 @@ bool forward(const Arguments& a) {
   Workspace table(a.starts ? 2 * p.tiles * sizeof(int64_t) : 0, 1);
   if (!table) return false;
   if (a.starts) list_tiles(a, p, table.take<int64_t>(2 * p.tiles));
-  prefer_large_pages(a, {&a.y});
+  prefer_large_outputs(a, {&a.y});
   prefer_large_pages(a.last_state, a.sequences * a.d * a.n * sizeof(S));
   if (a.checkpoints) {
     prefer_large_pages(a.checkpoints, a.b * p.tiles * a.n * a.d * sizeof(S));
@@ -1324,7 +1307,7 @@ bool backward(const Arguments& a) {
   Workspace table(a.starts ? 2 * p.tiles * sizeof(int64_t) : 0, 1);
   if (!table) return false;
   if (a.starts) list_tiles(a, p, table.take<int64_t>(2 * p.tiles));
-  prefer_large_pages(a, {&a.dx, &a.ddt, &a.dgate});
+  prefer_large_outputs(a, {&a.dx, &a.ddt, &a.dgate});
   if (a.dstate) prefer_large_pages(a.dstate, a.sequences * a.d * a.n * sizeof(S));
   const bool token_B = !a.B_constant, token_C = !a.C_constant;
   const int64_t edges = p.chunks > 1 ? a.b * p.chunks * a.n * a.d : 0;
