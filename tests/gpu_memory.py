@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from mambakit import MambaConfig, MambaLM
+from mambakit.modules import RMSNorm
 from mambakit.ops import causal_conv1d, selective_scan
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # b, l, d, n: one block and several, odd numbers of everything, one state and many
 SHAPES = [(1, 1, 1, 1), (2, 67, 83, 16), (2, 200, 40, 1), (1, 131, 17, 5), (1, 70, 33, 64)]
 PACK = [1, 40, 3, 100, 64]
+# a warp, some and many to a row; more than registers hold; odd widths, and whole packets
+NORMS = [(9, 7), (5, 40), (3, 1001), (3, 2048), (2, 16384), (2, 20000), (2, 20001)]
 
 
 def scan(b: int, l: int, d: int, n: int, dtype: torch.dtype, ends: Tensor | None) -> None:
@@ -45,6 +48,15 @@ def convolution(b: int, l: int, d: int, dtype: torch.dtype, ends: Tensor | None)
     assert all(t.grad.isfinite().all() for t in (x, weight, bias, state))
 
 
+@torch.no_grad()
+def norms(rows: int, m: int, dtype: torch.dtype) -> None:
+    """Normalise a stream, and a sum whose rows lie in a wider tensor."""
+    norm = RMSNorm(m, dtype=dtype)
+    x, y = torch.rand(rows, m), torch.rand(rows, 2 * m, dtype=dtype)[:, m:]
+    assert norm(x).isfinite().all()
+    assert all(part.isfinite().all() for part in norm.after_sum(x, y))
+
+
 def steps(dtype: torch.dtype, b: int, weights: str | None, n: int) -> None:
     """Read a few tokens one by one in the step that generation takes."""
     from mambakit.generation.stepping import stepper
@@ -66,6 +78,9 @@ def calls() -> Iterator[str]:
             scan(b, l, d, n, dtype, None)
             convolution(b, l, d, dtype, None)
             yield f"scan and convolution of {(b, l, d, n)} in {dtype}"
+        for rows, m in NORMS:
+            norms(rows, m, dtype)
+        yield f"norms in {dtype}"
         ends = torch.tensor([0, *PACK], device="cpu").cumsum(0)
         scan(1, sum(PACK), 48, 16, dtype, ends)
         convolution(1, sum(PACK), 48, dtype, ends)

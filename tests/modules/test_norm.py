@@ -62,6 +62,19 @@ def test_value_and_gradients_are_those_of_torchs_own(shape, dtype):
         assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("addend", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_after_a_sum_it_is_the_sums(stream, addend, no_grad):
+    torch.manual_seed(0)
+    x, y, norm = torch.randn(2, 5, 48).to(stream), torch.randn(2, 5, 48).to(addend), RMSNorm(48)
+    with torch.set_grad_enabled(not no_grad):
+        total, normalised = norm.after_sum(x, y)
+        assert total.dtype == torch.promote_types(stream, addend)
+        assert torch.equal(total, x + y)
+        assert_close(normalised, norm(total), rtol=0, atol=0)
+
+
 def test_the_layout_of_the_input_does_not_matter():
     torch.manual_seed(0)
     norm, x = RMSNorm(8), torch.randn(3, 8, 5, requires_grad=True)

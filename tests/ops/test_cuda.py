@@ -13,6 +13,7 @@ import torch
 
 from mambakit.ops import _cuda, _spans, causal_conv1d, selective_scan
 from mambakit.ops.conv.cuda import launch as conv
+from mambakit.ops.norm import cuda as norm
 
 _FORWARD, _BACKWARD = (
     importlib.import_module(f"mambakit.ops.scan.cuda.{name}")
@@ -21,6 +22,7 @@ _FORWARD, _BACKWARD = (
 BUILDS = [
     (_spans.SOURCE, ()),
     *conv.specialisations(),
+    *((norm.SOURCE, defines) for defines in norm.specialisations()),
     *((_FORWARD.SOURCE, defines) for defines in _FORWARD.specialisations()),
     *((_BACKWARD.SOURCE, defines) for defines in _BACKWARD.specialisations()),
 ]

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambakit.modules import Block, Mamba, RMSNorm
+from mambakit.modules._residual import may_stay_open, normalise
 from mambakit.ops._backends import Backend
 from mambakit.ops._packing import Packing, arrange, bounds
 
@@ -43,6 +44,15 @@ def pack_tokens(
     elif cu_seqlens is not None and not torch.compiler.is_compiling():
         bounds("MambaLM", cu_seqlens, l)
     return tokens, cu_seqlens, packing
+
+
+def _last(
+    x: Float[Tensor, "b l m"], cu_seqlens: Int[Tensor, " s+1"] | None
+) -> Float[Tensor, "_ 1 m"]:
+    """Return the last vector of each row, or of each sequence of a pack."""
+    if cu_seqlens is None:
+        return x[:, -1:]
+    return x[0, cu_seqlens[1:].to(x.device) - 1, None]
 
 
 class Backbone(nn.Module):
@@ -145,16 +155,19 @@ class Backbone(nn.Module):
         x = self.embedding(tokens)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        after = []
+        y, after = None, []  # the stream is x + y: each sum is left to the norm that reads it
         for i, block in enumerate(self.layers):
             before = None if state is None else state.layers[i]
-            x, layer = block(x, before, cu_seqlens=cu_seqlens)
+            if may_stay_open(block):
+                x, y = normalise(block.norm, x, y)
+                y, layer = block.mixer(y, before, cu_seqlens=cu_seqlens)
+            else:
+                x, y = (x if y is None else x + y), None
+                x, layer = block(x, before, cu_seqlens=cu_seqlens)
             after.append(layer)
-        if last_only and cu_seqlens is not None:
-            x = x[0, cu_seqlens[1:].to(x.device) - 1, None]
-        elif last_only:
-            x = x[:, -1:]
-        x = self.norm_f(x)
+        if last_only:
+            x, y = _last(x, cu_seqlens), None if y is None else _last(y, cu_seqlens)
+        _, x = normalise(self.norm_f, x, y)
         if packing is not None and not last_only:
             x = packing.unpack(x)
         return x, ModelState(tuple(after))

@@ -14,6 +14,7 @@ from mambakit.ops._backends import Backend, resolve
 from mambakit.ops._shapes import check_floats
 
 from ._parameters import at_least_float32, exempt_from_decay
+from ._plain import is_plain
 from ._recompute import mix
 from ._sequences import to_pack
 from .linear import Linear, linear
@@ -315,8 +316,8 @@ class Mamba(nn.Module):
             xz.device.type == "cuda"
             and torch.is_grad_enabled()
             and self.selection_norm_eps is None
-            and _is_plain(self.x_proj, Linear)
-            and _is_plain(self.dt_proj, StepProjection)
+            and is_plain(self.x_proj, Linear)
+            and is_plain(self.dt_proj, StepProjection)
             and resolve("Mamba", self.backend, xz.device) == "fused"
         )
 
@@ -348,11 +349,3 @@ class Mamba(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Mamba":
         return super()._apply(at_least_float32(fn, (self.A_log, self.D)), recurse)
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    hooks = (
-        module._forward_pre_hooks, module._forward_hooks,
-        module._backward_pre_hooks, module._backward_hooks,
-    )  # fmt: skip
-    return type(module) is kind and not any(hooks)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mambakit.ops.norm import add_rms_norm, rms_norm, serves
+
 from ._parameters import exempt_from_decay
 
 
@@ -93,6 +95,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
         """Return ``x`` normalised over its last axis, in the dtype of the gain."""
         gain = self.weight
+        if serves(x, gain):
+            return rms_norm(x, gain, self.eps)
         accumulate = torch.promote_types(x.dtype, torch.float32)
         x, wide = x.to(accumulate), gain.to(accumulate)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -100,6 +104,22 @@ class RMSNorm(nn.Module):
         else:
             y = F.rms_norm(x, gain.shape, wide, self.eps)
         return y.to(gain.dtype)
+
+    def after_sum(
+        self, x: Float[Tensor, "*batch m"], addend: Float[Tensor, "*batch m"]
+    ) -> tuple[Float[Tensor, "*batch m"], Float[Tensor, "*batch m"]]:
+        """Return ``x + addend`` and that normalised, where a GPU can in one pass over memory.
+
+        Example:
+            >>> norm, x, y = RMSNorm(8), torch.randn(5, 8), torch.randn(5, 8)
+            >>> total, normalised = norm.after_sum(x, y)
+            >>> torch.testing.assert_close(total, x + y)
+            >>> torch.testing.assert_close(normalised, norm(x + y))
+        """
+        if serves(x, self.weight, addend):
+            return add_rms_norm(x, addend, self.weight, self.eps)
+        x = x + addend
+        return x, self(x)
 
     def extra_repr(self) -> str:
         """Say the width and ``eps`` where the module is printed."""
