@@ -101,6 +101,16 @@ def test_one_state_of_two_bytes(operands, assert_near, shape, options, chunks, d
     assert_gradients(assert_near, by_kernel(*case, chunks, softplus), wanted)
 
 
+# On GPUs where registers are handed over a block has as many runners as walkers here.
+@pytest.mark.parametrize(
+    "shape", [(1, 200, 136, 8), (1, 200, 72, 16), (1, 200, 40, 32)], ids=str
+)
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_many_channels_of_two_bytes(operands, assert_near, shape, chunks):
+    case = operands(*shape, dtype=torch.bfloat16)
+    assert_gradients(assert_near, by_kernel(*case, chunks), by_autograd(*case, torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_every_dtype(operands, assert_near, dtype):
     case = operands(2, 70, 24, 16, dtype=dtype)
@@ -273,6 +283,23 @@ def test_error_is_at_most_twice_that_of_eager(operands, emulated, dtype):
 
     for name in NAMES:
         assert error(found, name) <= 2 * error(eager, name), name
+
+
+def test_sums_over_a_long_time_keep_their_digits(operands):
+    # states that are forgotten at once, and no function but + and *, whose rounding is known
+    given, dy, _ = operands(
+        1, 4096, 2, 16, softplus=False, without=("gate", "dt_bias", "state")
+    )
+    x, dt, A, B, C, D = given[:6]
+    given = [x.abs() + 1, dt + 1, torch.full_like(A, -1e4), B.abs(), C.abs(), D, None]
+    given += [torch.zeros_like(D), None]
+    case = given, dy.abs(), None
+    found = by_kernel(*case, 1, softplus=False)
+    leaves = [None if t is None else t.double().requires_grad_() for t in given]
+    y, _ = reference.scan(*leaves, False)
+    wanted = torch.autograd.grad(y, [leaves[5], leaves[7]], case[1].double())
+    for gradient, exact in zip((found["D"], found["dt_bias"]), wanted, strict=True):
+        assert ((gradient.double() - exact) / exact).abs().max() < 1.5e-7
 
 
 @pytest.mark.parametrize(("n", "kilobytes"), [(4, 99), (16, 99), (256, 163)])

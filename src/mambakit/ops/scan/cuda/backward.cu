@@ -284,11 +284,11 @@ DEVICE void put_lane(real* to, int lane, const real* from) {
     for (int k = 0; k < LANE_ELEMENTS; k += LANE_VECTOR)
         store_vector<real, LANE_VECTOR>(to + k * 32 + lane * LANE_VECTOR, from + k);
 }
-DEVICE void get_lane(const real* from, int lane, real* to) {
+// `from` is where the lane's first vector is.
+DEVICE void get_lane(const real* from, real* to) {
 #pragma unroll
     for (int k = 0; k < LANE_ELEMENTS; k += LANE_VECTOR) {
-        Vector<real, LANE_VECTOR> v =
-            load_vector<real, LANE_VECTOR>(from + k * 32 + lane * LANE_VECTOR);
+        Vector<real, LANE_VECTOR> v = load_vector<real, LANE_VECTOR>(from + k * 32);
 #pragma unroll
         for (int i = 0; i < LANE_VECTOR; i++) to[k + i] = v.at[i];
     }
@@ -297,8 +297,10 @@ DEVICE void get_lane(const real* from, int lane, real* to) {
 // Two reals that belong to a step and channel: dt and dt x, or dy' and the gate's factor.
 struct Two {
     real a, b;
-    METHOD Two(const real* rows, int step, int channel) {
-        Vector<real, 2> v = load_vector<real, 2>(rows + step * PAIR_STRIDE + channel * 2);
+    METHOD Two(const real* rows, int step, int channel)
+        : Two(rows + step * PAIR_STRIDE + channel * 2) {}
+    METHOD explicit Two(const real* from) {
+        Vector<real, 2> v = load_vector<real, 2>(from);
         a = v.at[0], b = v.at[1];
     }
 };
@@ -395,19 +397,19 @@ struct Units {
 
 // B or C of a step: of a token it is the same for both channels, a constant one is `own`.
 template <bool CONSTANT>
-DEVICE void read_coefficients(
-    const real* staged, const real* own, const OrderedLane& lane, int step, real* to
-) {
+DEVICE void read_coefficients(const real* from, const real* own, real* to) {
     if constexpr (CONSTANT) {
 #pragma unroll
         for (int k = 0; k < LANE_ELEMENTS; k++) to[k] = own[k];
     } else {
-        Vector<real, STATES_PER_LANE> v = load_vector<real, STATES_PER_LANE>(
-            staged + lane.order * COPY_REALS + step * PADDED_STATES + lane.part * STATES_PER_LANE
-        );
+        Vector<real, STATES_PER_LANE> v = load_vector<real, STATES_PER_LANE>(from);
 #pragma unroll
         for (int k = 0; k < LANE_ELEMENTS; k++) to[k] = v.at[k % STATES_PER_LANE];
     }
+}
+// Where the lane's numbers of a tile's first step are.
+DEVICE const real* own_coefficients(const real* staged, const OrderedLane& lane) {
+    return staged + lane.order * COPY_REALS + lane.part * STATES_PER_LANE;
 }
 
 // ---------------------------------------------------------------- runners
@@ -505,11 +507,16 @@ DEVICE void add_token_sums(
     }
 }
 
+// If a runner reads what a group needs before it puts its states down. The loop over spans has no
+// registers for that.
+constexpr bool READS_AHEAD = !PACKED;
+
 DEVICE void run(const Arguments& a, BlockShared& block) {
     const Place& place = block.place;
     const Operands& in = a.in;
     const int thread = thread_index(), r = thread / 32 - WALKERS, lane_index = thread % 32;
     const OrderedLane lane(lane_index);
+    const int sums_thread = THREADS - 1 - thread; // first the runners that do not stage
 
     real A[SETS_PER_RUNNER][LANE_ELEMENTS], B[SETS_PER_RUNNER][LANE_ELEMENTS];
     real h[SETS_PER_RUNNER][LANE_ELEMENTS], checkpoint[SETS_PER_RUNNER][LANE_ELEMENTS];
@@ -579,8 +586,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
         if constexpr (SUMS_OVER_STATES && COEFFICIENTS > 0) {
             if (period > 0) {
                 add_token_sums(
-                    a, block, place, place.tile_walked(period - 1), thread - 32 * WALKERS,
-                    32 * RUNNERS
+                    a, block, place, place.tile_walked(period - 1), sums_thread, 32 * RUNNERS
                 );
                 barrier_of(32 * RUNNERS); // before any of them writes states there
             }
@@ -620,8 +626,31 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
                 const real* staged = COEFFICIENTS
                     ? block.coefficients[period & 1][RUNNERS_B + i]
                     : nullptr;
-#pragma unroll 1
+#pragma unroll
                 for (int group = 0; group < GROUPS; group++) {
+                    real token[GROUP][LANE_ELEMENTS];
+                    real nows[GROUP][SETS_PER_RUNNER][CHANNELS_PER_LANE][2];
+                    auto read = [&](int j) {
+                        const int step = group * GROUP + j;
+                        if (TOKEN_B)
+                            read_coefficients<false>(
+                                own_coefficients(staged, lane) + step * PADDED_STATES, nullptr,
+                                token[j]
+                            );
+#pragma unroll
+                        for (int m = 0; m < SETS_PER_RUNNER; m++) {
+#pragma unroll
+                            for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+                                const Two now(sets[m].steps[slot], step, lane.channel(c));
+                                nows[j][m][c][0] = now.a, nows[j][m][c][1] = now.b;
+                            }
+                        }
+                    };
+                    // before states are put there, which are ready late
+                    if (READS_AHEAD) {
+#pragma unroll
+                        for (int j = 0; j < GROUP; j++) read(j);
+                    }
                     if (keep) {
 #pragma unroll
                         for (int m = 0; m < SETS_PER_RUNNER; m++)
@@ -631,22 +660,15 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
                     }
 #pragma unroll
                     for (int j = 0; j < GROUP; j++) {
-                        const int step = group * GROUP + j;
-                        real token[LANE_ELEMENTS];
-                        if (TOKEN_B) read_coefficients<false>(staged, nullptr, lane, step, token);
+                        if (!READS_AHEAD) read(j);
 #pragma unroll
                         for (int m = 0; m < SETS_PER_RUNNER; m++) {
-                            const real* rows = sets[m].steps[slot];
 #pragma unroll
-                            for (int c = 0; c < CHANNELS_PER_LANE; c++) {
-                                const Two now(rows, step, lane.channel(c));
-#pragma unroll
-                                for (int i = 0; i < STATES_PER_LANE; i++) {
-                                    const int k = c * STATES_PER_LANE + i;
-                                    const real decay = decay_of(now.a, A[m][k]);
-                                    const real B_now = TOKEN_B ? token[k] : B[m][k];
-                                    h[m][k] = multiply_add(decay, h[m][k], now.b * B_now);
-                                }
+                            for (int k = 0; k < LANE_ELEMENTS; k++) {
+                                const real* now = nows[j][m][k / STATES_PER_LANE];
+                                const real decay = decay_of(now[0], A[m][k]);
+                                const real B_now = TOKEN_B ? token[j][k] : B[m][k];
+                                h[m][k] = multiply_add(decay, h[m][k], now[1] * B_now);
                             }
                         }
                     }
@@ -663,7 +685,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
         }
     }
     if constexpr (SUMS_OVER_STATES && COEFFICIENTS > 0)
-        add_token_sums(a, block, place, 0, thread - 32 * WALKERS, 32 * RUNNERS);
+        add_token_sums(a, block, place, 0, sums_thread, 32 * RUNNERS);
 }
 
 // ---------------------------------------------------------------- sums between lanes
@@ -706,17 +728,35 @@ DEVICE void sum_over_states(real (*v)[CHANNELS_PER_LANE], const Lane& lane) {
     }
 }
 
-// Sum a step's dB and dC over the pairs of a warp's channels, and put them into `to`: SUMS reals.
-// At each level a lane keeps half of its states; when one is left, dB or dC.
-DEVICE void sum_over_channels(real* dB, real* dC, const OrderedLane& lane, real* to) {
-    int kept = STATES_PER_LANE, level = 1, fixed = 0;
-    bool both = COEFFICIENTS == 2, takes_C = false;
+// What a lane is left with of a step's sums over pairs: those of states so far apart, of dB and dC
+// or of one of the two.
+constexpr int LEFT_APART = PAIRS < STATES_PER_LANE ? PAIRS : STATES_PER_LANE;
+constexpr bool LEFT_ONE = COEFFICIENTS == 2 && PAIRS > STATES_PER_LANE;
+constexpr int LEFT = STATES_PER_LANE / LEFT_APART * (LEFT_ONE ? 1 : COEFFICIENTS);
+
+// Where among the step's SUMS reals they begin.
+DEVICE int own_sums(const OrderedLane& lane) {
+    const bool is_C = LEFT_ONE && lane.pair & STATES_PER_LANE;
+    return lane.part * STATES_PER_LANE + (lane.pair & (LEFT_APART - 1)) + (is_C ? PADDED_STATES : 0);
+}
+DEVICE void put_sums(const real* dB, const real* dC, real* to) {
+#pragma unroll
+    for (int i = 0; i < STATES_PER_LANE; i += LEFT_APART) {
+        if (TOKEN_B || LEFT_ONE) to[i] = dB[i];
+        if (TOKEN_C && !LEFT_ONE) to[i + (TOKEN_B ? PADDED_STATES : 0)] = dC[i];
+    }
+}
+
+// Sum a step's dB and dC over the pairs of a warp's channels. At each level a lane keeps half of
+// its states; when one is left, dB or dC, and has it as dB.
+DEVICE void sum_over_channels(real* dB, real* dC, const OrderedLane& lane) {
+    int kept = STATES_PER_LANE, level = 1;
+    bool both = COEFFICIENTS == 2;
 #pragma unroll
     for (int mask = LANES_PER_CHANNEL; mask < 32; mask *= 2, level *= 2) {
         const bool upper = lane.pair & level;
         if (kept > 1) {
             kept /= 2;
-            fixed += level;
 #pragma unroll
             for (int i = 0; i < STATES_PER_LANE; i += 2 * level) {
                 if (level < COPIES) {
@@ -733,22 +773,11 @@ DEVICE void sum_over_channels(real* dB, real* dC, const OrderedLane& lane, real*
             }
         } else if (both) {
             both = false;
-            takes_C = upper;
             real keep = upper ? dC[0] : dB[0], give = upper ? dB[0] : dC[0];
             dB[0] = dC[0] = keep + shuffle_xor(give, mask);
         } else {
             if (TOKEN_B) dB[0] += shuffle_xor(dB[0], mask);
             else dC[0] += shuffle_xor(dC[0], mask);
-        }
-    }
-    to += lane.part * STATES_PER_LANE + (lane.pair & fixed);
-    if (COEFFICIENTS == 2 && !both) {
-        to[takes_C ? PADDED_STATES : 0] = dB[0];
-    } else {
-#pragma unroll
-        for (int i = 0; i < STATES_PER_LANE; i += min(level, STATES_PER_LANE)) {
-            if (TOKEN_B) to[i] = dB[i];
-            if (TOKEN_C) to[i + (TOKEN_B ? PADDED_STATES : 0)] = dC[i];
         }
     }
 }
@@ -785,32 +814,65 @@ DEVICE void put_piece(
     }
 }
 
-// Leave a part of a sum; the spans of a share add to what those before them left.
-DEVICE void put_part(const Place& place, real& to, real value) {
-#if PACKED
-    if (place.adds) value += to;
-#endif
-    to = value;
-}
-DEVICE void put_parts(
-    const Place& place, real* at, const OrderedLane& lane, int count, real* values
-) {
-#if PACKED
-    if (place.adds) {
+// Leave a part of a sum, or add it to what is there.
+DEVICE void put_part(bool adds, real& to, real value) { to = adds ? to + value : value; }
+DEVICE void put_parts(bool adds, real* at, const OrderedLane& lane, int count, real* values) {
+    if (adds) {
         real before[LANE_ELEMENTS];
         get_states(at, lane, count, before);
 #pragma unroll
         for (int k = 0; k < LANE_ELEMENTS; k++) values[k] += before[k];
     }
-#endif
     put_states(at, lane, count, values);
 }
+
+// Long sums lose more, so what a lane sums over time it leaves after so many steps.
+constexpr int PART_TILES = 1024 / TILE;
 
 // The flag of a walker's set at a chunk.
 DEVICE int* flag_of(const Arguments& a, const Place& place, int walker, long long chunk) {
     const long long row = (chunk * a.in.b + place.batch) * a.in.g + place.group;
     return a.flags + ((row * a.columns + place.column) * a.passes + place.pass) * WALKERS + walker;
 }
+
+// Where in shared memory a lane finds and leaves what belongs to a group's first step; to the
+// others it is a constant away. Made once for a tile and moved from group to group, these are few
+// registers and no instructions in the loop over steps.
+struct GroupPlaces {
+    const real *steps[CHANNELS_PER_LANE], *outputs[CHANNELS_PER_LANE]; // of the lane's channels
+    const real *states, *coefficients;
+    real* sums;
+
+    // Of the last group of the tile in a slot.
+    METHOD GroupPlaces(SetShared& shared, const real* staged, int slot) {
+        const int lane_index = thread_index() % 32;
+        const OrderedLane lane(lane_index);
+        constexpr int STEP = TILE - GROUP;
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++) {
+            const int at = STEP * PAIR_STRIDE + lane.channel(c) * 2;
+            steps[c] = made_here(shared.steps[slot] + at);
+            outputs[c] = made_here(shared.outputs + at);
+        }
+        real* const kept = shared.states[slot][GROUPS - 1];
+        states = made_here(kept + lane_index * LANE_VECTOR);
+        coefficients = made_here(own_coefficients(staged, lane) + STEP * PADDED_STATES);
+        sums = made_here((SUMS_OVER_STATES ? kept : shared.sums + STEP * SUMS) + own_sums(lane));
+    }
+    METHOD void go_back() {
+#pragma unroll
+        for (int c = 0; c < CHANNELS_PER_LANE; c++)
+            steps[c] -= GROUP * PAIR_STRIDE, outputs[c] -= GROUP * PAIR_STRIDE;
+        states -= 32 * LANE_ELEMENTS, coefficients -= GROUP * PADDED_STATES;
+        sums -= SUMS_OVER_STATES ? 32 * LANE_ELEMENTS : GROUP * SUMS;
+    }
+    METHOD const real* B(int j) const { return coefficients + j * PADDED_STATES; }
+    METHOD const real* C(int j) const { return B(j) + WALKERS_C * COPIES * COPY_REALS; }
+};
+
+// A group's sums over channels are put into shared memory after its last step: what the next step
+// reads would wait for a write before it, and that for shuffles. Where they take few registers.
+constexpr bool PUT_LATE = COEFFICIENTS > 0 && GROUP * LEFT * sizeof(real) <= 64;
 
 DEVICE void walk(const Arguments& a, BlockShared& block) {
     const Place& place = block.place;
@@ -830,18 +892,12 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
     clear(dA), clear(own_dB), clear(own_dC);
     if (CONSTANT_B) get_states(in.B_constant + set.first * STATES, lane, count, own_B);
     if (CONSTANT_C) get_states(in.C_constant + set.first * STATES, lane, count, own_C);
-    const real* G_from = a.carries;
-    long long row = place.chunk_row(a);
-    if (place.ends(a)) G_from = a.dlast_state, row = place.batch;
-    else if (place.awaits(a)) await(flag_of(a, place, w, place.chunk + 1));
-    if (G_from) get_states(G_from + (row * in.d + set.first) * STATES, lane, count, G);
-    else clear(G);
     for (int c = lane_index; c < WARP_CHANNELS; c += 32)
         shared.D[c] = in.D && c < count ? in.D[set.first + c] : real(0);
     real dD[OWN_CHANNELS] = {}, ddt_bias[OWN_CHANNELS] = {};
-    // A lane that sums several steps of a group sums dD tile by tile: long sums lose more.
+    // A lane that sums several steps of a group sums these tile by tile, for the same reason.
     constexpr bool BY_TILES = OWN_STEPS > 1;
-    real dD_of_tiles[OWN_CHANNELS] = {};
+    real dD_of_tiles[OWN_CHANNELS] = {}, ddt_bias_of_tiles[OWN_CHANNELS] = {};
 
     auto keep_rows = [&](int tensor, const Rows& rows) {
         shared.rows[tensor] = offset_of(rows, place.batch, place.begin) + set.first;
@@ -870,9 +926,70 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
         copy_async_commit();
     };
 
+    // What reaches the chunk comes from the caller, from a chunk after it or from scan_join_back.
+    auto receive = [&] {
+        const int own_thread = made_here(thread_index());
+        const OrderedLane lane(own_thread % 32);
+        const real* from = a.carries;
+        long long row = place.chunk_row(a);
+        if (place.ends(a)) from = a.dlast_state, row = place.batch;
+        else if (place.awaits(a)) await(flag_of(a, place, own_thread / 32, place.chunk + 1));
+        if (from)
+            get_states(from + (row * in.d + shared.first) * STATES, lane, shared.channels, G);
+        else clear(G);
+    };
+    // What is sent back goes to the caller or to the chunk before.
+    auto send = [&] {
+        const int own_thread = made_here(thread_index());
+        const OrderedLane lane(own_thread % 32);
+        real* to = nullptr;
+        long long row = place.batch;
+        if (place.starts()) to = a.dstate;
+        else if (place.hands_on(a)) to = a.carries, row = place.chunk_row(a) - 1;
+        if (to) put_states(to + (row * in.d + shared.first) * STATES, lane, shared.channels, G);
+        if (place.hands_on(a)) publish(flag_of(a, place, own_thread / 32, place.chunk));
+    };
+    // Leave what is summed over time: the first parts, or to be added to those left before.
+    auto leave_parts = [&](bool adds) {
+        const OrderedLane lane(made_here(thread_index()) % 32);
+#if PACKED
+        adds |= place.adds;
+#endif
+        // One row of parts for each batch and chunk, or for each share of a pack, whose spans add
+        // to it in turn: dA, dD, ddt_bias, constant dB, constant dC.
+        const int exist = shared.channels;
+        const long long states = in.d * STATES, at = shared.first * STATES;
+        const long long width = states * (1 + CONSTANT_B + CONSTANT_C) + 2 * in.d;
+        real* parts = a.parts + place.parts_row(a) * width;
+        put_parts(adds, parts + at, lane, exist, dA);
+        parts += states;
+        // steps lie in different lanes of a channel
+#pragma unroll
+        for (int c = 0; c < OWN_CHANNELS; c++) {
+            dD[c] += dD_of_tiles[c], ddt_bias[c] += ddt_bias_of_tiles[c];
+#pragma unroll
+            for (int mask = 2; mask < LANES_PER_CHANNEL; mask *= 2) {
+                dD[c] += shuffle_xor(dD[c], mask);
+                ddt_bias[c] += shuffle_xor(ddt_bias[c], mask);
+            }
+            const int channel = lane.channel(c);
+            if (lane.part < 2 && channel < exist) {
+                put_part(adds, parts[shared.first + channel], dD[c]);
+                put_part(adds, parts[in.d + shared.first + channel], ddt_bias[c]);
+            }
+            dD[c] = ddt_bias[c] = dD_of_tiles[c] = ddt_bias_of_tiles[c] = 0;
+        }
+        parts += 2 * in.d;
+        if (CONSTANT_B) put_parts(adds, parts + at, lane, exist, own_dB), parts += states;
+        if (CONSTANT_C) put_parts(adds, parts + at, lane, exist, own_dC);
+        clear(dA), clear(own_dB), clear(own_dC);
+    };
+
     fetch(0, place.tile_walked(0));
-    // runners get ahead
-    for (int i = 0; i < (SUMS_OVER_STATES ? 1 : 2) * HALF + 1; i++) __syncthreads();
+    // runners get ahead, at last while this waits for the chunk after
+    for (int i = 0; i < (SUMS_OVER_STATES ? 1 : 2) * HALF; i++) __syncthreads();
+    receive();
+    __syncthreads();
 
 #pragma unroll 1
     for (int period = 0; period < place.periods; period++) {
@@ -909,28 +1026,29 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
         }
         if constexpr (BY_TILES) {
 #pragma unroll
-            for (int c = 0; c < OWN_CHANNELS; c++) dD_of_tiles[c] += dD[c], dD[c] = 0;
+            for (int c = 0; c < OWN_CHANNELS; c++) {
+                dD_of_tiles[c] += dD[c], ddt_bias_of_tiles[c] += ddt_bias[c];
+                dD[c] = ddt_bias[c] = 0;
+            }
         }
         __syncwarp();
         if (STORED_BUFFERS > 1 && tile > 0) fetch(buffer ^ 1, tile - 1);
 
+        GroupPlaces at(shared, staged[0], slot);
 #pragma unroll 1
         for (int group = GROUPS - 1; group >= 0; group--) {
             const int lane_index = thread_index() % 32;
             const OrderedLane lane(lane_index);
             real h[GROUP + 1][LANE_ELEMENTS], decay[GROUP][LANE_ELEMENTS];
             real B[GROUP][LANE_ELEMENTS];
-            get_lane(shared.states[slot][group], lane_index, h[0]);
+            get_lane(at.states, h[0]);
             __syncwarp(); // before sums are put there
 #pragma unroll
             for (int j = 0; j < GROUP; j++) {
-                const int step = group * GROUP + j;
-                read_coefficients<CONSTANT_B>(
-                    staged[COEFFICIENTS ? WALKERS_B : 0], own_B, lane, step, B[j]
-                );
+                read_coefficients<CONSTANT_B>(at.B(j), own_B, B[j]);
 #pragma unroll
                 for (int c = 0; c < CHANNELS_PER_LANE; c++) {
-                    const Two now(steps, step, lane.channel(c));
+                    const Two now(at.steps[c] + j * PAIR_STRIDE);
 #pragma unroll
                     for (int i = 0; i < STATES_PER_LANE; i++) {
                         const int k = c * STATES_PER_LANE + i;
@@ -942,17 +1060,21 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
             // C . h, dh . B and q . A of each step and channel
             real Ch[GROUP][CHANNELS_PER_LANE], dhB[GROUP][CHANNELS_PER_LANE];
             real qA[GROUP][CHANNELS_PER_LANE];
+            real dBs[PUT_LATE ? GROUP : 1][LANE_ELEMENTS], dCs[PUT_LATE ? GROUP : 1][LANE_ELEMENTS];
+            // with no write between, the compiler would hold on to all that was read above
+            const real* again[CHANNELS_PER_LANE];
+#pragma unroll
+            for (int c = 0; c < CHANNELS_PER_LANE; c++)
+                again[c] = PUT_LATE ? made_here(at.steps[c]) : at.steps[c];
 #pragma unroll
             for (int j = GROUP - 1; j >= 0; j--) {
-                const int step = group * GROUP + j;
-                real C[LANE_ELEMENTS], dB[LANE_ELEMENTS], dC[LANE_ELEMENTS];
-                read_coefficients<CONSTANT_C>(
-                    staged[COEFFICIENTS ? WALKERS_C : 0], own_C, lane, step, C
-                );
+                real C[LANE_ELEMENTS];
+                real *const dB = dBs[PUT_LATE ? j : 0], *const dC = dCs[PUT_LATE ? j : 0];
+                read_coefficients<CONSTANT_C>(at.C(j), own_C, C);
 #pragma unroll
                 for (int c = 0; c < CHANNELS_PER_LANE; c++) {
-                    const Two now(steps, step, lane.channel(c));
-                    const real dy = shared.outputs[step * PAIR_STRIDE + lane.channel(c) * 2];
+                    const Two now(again[c] + j * PAIR_STRIDE);
+                    const real dy = at.outputs[c][j * PAIR_STRIDE];
 #pragma unroll
                     for (int i = 0; i < STATES_PER_LANE; i++) {
                         const int k = c * STATES_PER_LANE + i;
@@ -970,12 +1092,12 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
                         else dC[i] = c ? multiply_add(dy, after, dC[i]) : dy * after;
                     }
                 }
-                if (COEFFICIENTS > 0)
-                    sum_over_channels(
-                        dB, dC, lane,
-                        SUMS_OVER_STATES ? shared.states[slot][group] + j * SUMS
-                                         : shared.sums + step * SUMS
-                    );
+                if (COEFFICIENTS > 0) sum_over_channels(dB, dC, lane);
+                if (COEFFICIENTS > 0 && !PUT_LATE) put_sums(dB, dC, at.sums + j * SUMS);
+            }
+            if constexpr (PUT_LATE) {
+#pragma unroll
+                for (int j = 0; j < GROUP; j++) put_sums(dBs[j], dCs[j], at.sums + j * SUMS);
             }
             if (GATE) sum_over_states(Ch, lane);
             sum_over_states(dhB, lane);
@@ -1004,6 +1126,7 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
                     }
                 }
             }
+            at.go_back();
         }
         __syncwarp();
         {
@@ -1024,54 +1147,14 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
         }
         __syncwarp(); // before these places are fetched into
         if (STORED_BUFFERS == 1 && tile > 0) fetch(0, tile - 1);
+        if (tile == 0) send();
+        if (tile % PART_TILES == 0) leave_parts(tile + PART_TILES < place.periods);
 
         __syncthreads();
         if constexpr (!SUMS_OVER_STATES) {
             add_token_sums(a, block, place, tile, thread, THREADS);
             __syncthreads();
         }
-    }
-
-#if PACKED
-    const int own_thread = thread_index();
-    const OrderedLane own_lane(own_thread % 32);
-#else
-    const int own_thread = thread;
-    const OrderedLane& own_lane = lane;
-#endif
-    // One row of parts for each batch and chunk, or for each share of a pack, whose spans add to
-    // it in turn: dA, dD, ddt_bias, constant dB, constant dC.
-    const int exist = shared.channels;
-    const long long states = in.d * STATES, at = shared.first * STATES;
-    const long long width = states * (1 + CONSTANT_B + CONSTANT_C) + 2 * in.d;
-    real* parts = a.parts + place.parts_row(a) * width;
-    put_parts(place, parts + at, own_lane, exist, dA);
-    parts += states;
-    // steps lie in different lanes of a channel
-#pragma unroll
-    for (int c = 0; c < OWN_CHANNELS; c++) {
-        dD[c] += dD_of_tiles[c];
-#pragma unroll
-        for (int mask = 2; mask < LANES_PER_CHANNEL; mask *= 2) {
-            dD[c] += shuffle_xor(dD[c], mask);
-            ddt_bias[c] += shuffle_xor(ddt_bias[c], mask);
-        }
-        const int channel = own_lane.channel(c);
-        if (own_lane.part < 2 && channel < exist) {
-            put_part(place, parts[shared.first + channel], dD[c]);
-            put_part(place, parts[in.d + shared.first + channel], ddt_bias[c]);
-        }
-    }
-    parts += 2 * in.d;
-    if (CONSTANT_B) put_parts(place, parts + at, own_lane, exist, own_dB), parts += states;
-    if (CONSTANT_C) put_parts(place, parts + at, own_lane, exist, own_dC);
-    // What is sent back goes to the caller or to the chunk before.
-    if (place.starts()) {
-        if (a.dstate) put_states(a.dstate + place.batch * states + at, own_lane, exist, G);
-    } else if (place.hands_on(a)) {
-        const long long before = place.chunk_row(a) - 1;
-        put_states(a.carries + before * states + at, own_lane, exist, G);
-        publish(flag_of(a, place, own_thread / 32, place.chunk));
     }
 }
 
@@ -1098,7 +1181,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(const __grid_constant__ Arguments a) {
     BlockShared& block = *(BlockShared*)memory;
     if (threadIdx.x == 0) block.place.find(a);
     __syncthreads();
-    if (threadIdx.x < 32 * WALKERS) {
+    if ((int)threadIdx.x < 32 * WALKERS) {
         if constexpr (HAND_OVER) take_registers<WALKER_REGISTERS>();
 #pragma unroll 1
         do walk(a, block);
@@ -1271,23 +1354,28 @@ KERNEL(256, 1) scan_join_back(const __grid_constant__ Arguments a) {
     const real A = times_log2e(a.in.A[k]);
 #if PACKED
     const Span of = a.spans[batch];
-    const long long first = of.chunk;
+    const long long first = of.chunk, last = first + of.steps - 1;
     real G = a.dlast_state ? a.dlast_state[of.sequence * row + k] : real(0);
-    for (long long at = first + of.steps - 1; at > first; at--) {
 #else
+    const long long first = batch * a.chunks + a.tail - 1, last = (batch + 1) * a.chunks - 1;
     real G = a.dlast_state ? a.dlast_state[i] : real(0);
-    for (long long chunk = a.chunks - 1; chunk >= a.tail; chunk--) {
-        const long long at = batch * a.chunks + chunk;
 #endif
-        const real sent = a.carries[at * row + k];
-        a.carries[at * row + k] = G;
-        G = multiply_add(decay_of(a.dt_sums[at * a.in.d + k / STATES], A), G, sent);
+    constexpr int AT_ONCE = 8; // so many chunks are read before they are chained
+    for (long long from = last; from > first; from -= AT_ONCE) {
+        real sent[AT_ONCE], dt_sum[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            const long long at = max(from - j, first + 1);
+            sent[j] = a.carries[at * row + k], dt_sum[j] = a.dt_sums[at * a.in.d + k / STATES];
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            if (from - j <= first) break;
+            a.carries[(from - j) * row + k] = G;
+            G = multiply_add(decay_of(dt_sum[j], A), G, sent[j]);
+        }
     }
-#if PACKED
     a.carries[first * row + k] = G;
-#else
-    a.carries[(batch * a.chunks + a.tail - 1) * row + k] = G;
-#endif
 }
 
 // ---------------------------------------------------------------- sums of the blocks' parts
@@ -1314,6 +1402,7 @@ KERNEL(256, 1) scan_add(const __grid_constant__ Arguments a) {
             real sum[COUNT];
 #pragma unroll
             for (int j = 0; j < COUNT; j++) sum[j] = 0;
+#pragma unroll 8
             for (long long column = 0; column < columns; column++) {
                 Vector<real, COUNT> v = load_vector<real, COUNT>(from + column * rows);
 #pragma unroll
@@ -1332,6 +1421,7 @@ KERNEL(256, 1) scan_add(const __grid_constant__ Arguments a) {
     const long long width = in.d * STATES * (1 + CONSTANT_B + CONSTANT_C) + 2 * in.d;
     if (i >= width) return;
     real sum = 0;
+#pragma unroll 8
     for (long long row = 0; row < in.b * a.chunks; row++) sum += a.parts[row * width + i];
     // a row of parts is dA, dD, ddt_bias, then dB and dC where they are constant
     const long long matrix = in.d * STATES;

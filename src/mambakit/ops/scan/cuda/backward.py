@@ -29,7 +29,7 @@ _FEW_SUMS = 64
 _THREADS = 256  # of scan_join_back and scan_add
 # Of a block of one_state.cuh, and how many there are on a multiprocessor.
 _ONE_STATE_BYTES = (CHECKPOINT_STEPS + CHECKPOINT_STEPS // 8) * 32 * 8
-_ONE_STATE_BLOCKS = 11
+_ONE_STATE_BLOCKS = 12
 
 # What a multiprocessor has for threads' registers, and what the kernel may take of them.
 _REGISTERS = 65536
@@ -427,7 +427,7 @@ def _choose(defines: Defines, channels: int, gpu: GPU) -> Form:
     pairs = given["ALIGNED"] == "1" and sizes[:2] == [2, 2]
     if given["STATES"] == "1" and tokens and pairs and "PACKED" not in given:
         blocks = min(_ONE_STATE_BLOCKS, gpu.bytes_in_all // (_ONE_STATE_BYTES + 1024))
-        return _build(defines, 1, 1, 4, max(1, blocks), one_state=True)
+        return _build(defines, 1, 1, 16, max(1, blocks), one_state=True)
     tiles = [(1, 16, 1.0), (1, 8, 0.75), (1, 4, 0.5)]
     if _build(defines, 1, 1, 16).sums > _FEW_SUMS:
         tiles.append((2, 16, 1.05))
@@ -454,8 +454,9 @@ def _choose(defines: Defines, channels: int, gpu: GPU) -> Form:
             f"bytes of shared memory in a block, and this GPU has {gpu.block_bytes}"
         )
     _, walkers, blocks, buffers, tile = max(forms)
-    # With 4-byte numbers or other numbers of states this was slower or is not measured.
-    hand_over = gpu.hands_over_registers and walkers == 8 and sizes == [2] * 3 and own == 16
+    # With 4-byte numbers this was slower; with other numbers of states it would spill.
+    hand_over = gpu.hands_over_registers and walkers == 8 and sizes == [2] * 3
+    hand_over &= own == 16 or given["STATES"] in ("8", "32")
     return _build(defines, walkers, buffers, tile, blocks, hand_over)
 
 
@@ -523,7 +524,8 @@ def specialisations() -> Iterator[Defines]:
     """Yield the defines of the kernels that a model is likely to ask for, by GPU."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for kilobytes, hopper, dtype, n, packed in (
-        *((227, True, bf16, 16, 0), (227, True, fp16, 16, 0), (227, True, bf16, 16, 1)),
+        *((227, True, bf16, n, 0) for n in (16, 8, 32)),
+        *((227, True, fp16, 16, 0), (227, True, bf16, 16, 1)),
         *((227, False, bf16, n, 0) for n in (16, 1, 64)),
         *((227, False, fp32, 16, 0), (163, False, bf16, 16, 0), (99, False, bf16, 16, 0)),
         (163, False, bf16, 16, 1),
