@@ -1,4 +1,9 @@
-"""The kernels of published sizes compile, without spills, for every GPU. None is needed."""
+"""The step's kernels compile, without spills, for three generations of GPUs. None is needed.
+
+They are built for a model's sizes and a number of sequences, and not all of these are here: the
+1.4B model is, in every dtype with every storage of its matrices, for each architecture; other
+sizes are in one dtype or two, most of them for sm_90a.
+"""
 
 import re
 
@@ -10,7 +15,12 @@ from mambakit.generation.gpu_step.packing import factor
 from mambakit.generation.gpu_step.tiling import GPU
 from mambakit.ops import _cuda
 
-H200 = GPU(132, 227 * 1024)
+# An A100, an H200, a B200: multiprocessors, and bytes of shared memory for a block.
+GPUS = {
+    "sm_80": GPU(108, 163 * 1024),
+    "sm_90a": GPU(132, 227 * 1024),
+    "sm_100": GPU(148, 227 * 1024),
+}
 VOCABULARY = 50280
 
 try:
@@ -29,27 +39,30 @@ MODELS = {
     "7B": (4096, 8192, 16, 256, 4),
     "most": (2048, 4096, 32, 128, 5),
 }
-SHORT, HALF, ROUNDED, INT8, LONG = (
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.int8),
-    (torch.float32, torch.float32),
+# The model's dtype, and that of the matrices.
+BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
+SHORT, HALF, ROUNDED = (BF16, BF16), (FP16, FP16), (FP32, BF16)
+KINDS = (
+    SHORT,
+    HALF,
+    (FP32, FP32),
+    ROUNDED,
+    (FP16, BF16),
+    *((d, INT8) for d in (BF16, FP16, FP32)),
 )
 
 
 def compilations():
-    """1.4B in all dtypes; other sizes and architectures in one, of many sequences in more."""
-    wanted = [("sm_90", "1.4B", kind, b) for kind in (SHORT, INT8, LONG) for b in (1, 16, 128)]
-    wanted += [("sm_90", model, SHORT, 64) for model in ("130M", "2.8B", "7B")]
-    wanted += [(arch, "1.4B", SHORT, b) for arch in ("sm_80", "sm_100") for b in (1, 128)]
-    wanted += [("sm_90a", "1.4B", SHORT, 64), ("sm_90a", "most", HALF, 64)]
-    wanted += [(arch, "most", ROUNDED, 128) for arch in ("sm_80", "sm_90a", "sm_100")]
+    """1.4B in every kind for each GPU, for one sequence and many; other sizes in one or two."""
+    wanted = [(arch, "1.4B", kind, b) for arch in GPUS for kind in KINDS for b in (1, 128)]
+    wanted += [("sm_90a", "1.4B", kind, 16) for kind in (SHORT, (BF16, INT8), (FP32, FP32))]
+    wanted += [("sm_90a", model, SHORT, 64) for model in ("130M", "1.4B", "2.8B", "7B")]
+    wanted += [("sm_90a", "most", HALF, 64), *((arch, "most", ROUNDED, 128) for arch in GPUS)]
     seen = set()
     for arch, model, (dtype, storage), b in wanted:
         m, d, n, r, w = MODELS[model]
         sizes = Sizes(dtype, storage, factor(dtype, storage), m, n, r, w)
-        for build in specialisations(sizes, d, VOCABULARY, b, H200):
+        for build in specialisations(sizes, d, VOCABULARY, b, GPUS[arch]):
             if (arch, build) not in seen:
                 seen.add((arch, build))
                 source, defines = build

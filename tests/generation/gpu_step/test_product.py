@@ -7,12 +7,14 @@ from mambakit.generation.cpu_step.library import step_library
 from mambakit.generation.gpu_step import launches, packing
 from mambakit.generation.gpu_step.arguments import Call, ProductArguments
 from mambakit.generation.gpu_step.launches import Sizes
+from mambakit.generation.gpu_step.multiplication import Multiplication
 from mambakit.generation.gpu_step.tiling import (
     GPU,
     Tiling,
     _slices,
     _step,
     group,
+    library_spans,
     room,
     takes_library,
     tile,
@@ -139,6 +141,20 @@ def test_a_library_multiplies_for_many_sequences_of_sizes_that_registers_hold():
         (32, 16, 256, 8192, 6),
     ):
         assert not takes_library(*wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [256, 96])
+def test_sums_over_spans_add_up_to_the_product(columns, dtype):
+    vectors = torch.randn(5, columns).bfloat16()
+    matrix = torch.randn(7, columns).bfloat16()
+    spans = library_spans(columns)
+    assert spans == (2 if columns == 256 else 1)
+    out = torch.full((spans, 5, 7), torch.nan, dtype=dtype)
+    Multiplication("out_proj", vectors, matrix, out).run()
+    wanted = vectors.double() @ matrix.double().T
+    error = (out.double().sum(0) - wanted).norm() / wanted.norm()
+    assert float(error) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_rooms_and_groups():

@@ -13,13 +13,23 @@ from mambakit.generation.gpu_step.launches import Sizes
 from mambakit.generation.gpu_step.tiling import GPU, group, tile_scan
 from mambakit.ops import _cuda
 
-CHANNELS, SEQUENCES, SPANS = 144, 11, 2
+CHANNELS, SPANS = 144, 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "r", "eps"), [(16, 35, 0.0), (16, 16, 1e-5), (32, 3, 0.0)])
-def test_many_sequences_go_on_as_few_do(dtype, n, r, eps):
-    d, b = CHANNELS, SEQUENCES
+@pytest.mark.parametrize(
+    ("n", "r", "eps", "b"),
+    # of odd ranks, two lengths of pieces, norms, one sequence at a time, weights read again
+    [
+        (16, 35, 0.0, 11),
+        (16, 16, 1e-5, 11),
+        (16, 36, 1e-5, 35),
+        (32, 3, 0.0, 11),
+        (16, 256, 0.0, 35),
+    ],
+)
+def test_many_sequences_go_on_as_few_do(dtype, n, r, eps, b):
+    d = CHANNELS
     sums = torch.randn(SPANS, b, r + 2 * n)
     matrix = packing.pack(torch.randn(d, r) / r**0.5, dtype).weights
     A, D = -torch.rand(d, n) - 0.1, torch.randn(d)

@@ -146,7 +146,12 @@ def test_kernels_start_early_unless_many_blocks_wait_for_places(
     short = dtype == torch.bfloat16
     assert any(by_library) == (short and b > 16)
     assert early[0] is False
-    assert early[1:] == [(short or b == 3) and not library for library in by_library[1:]]
+    # what follows out_proj is the sum of what a layer adds
+    added = [launch.name == "add" and short and b > 16 for launch in rest]
+    assert early[1:] == [
+        (short or b == 3) and not (library or sums)
+        for library, sums in zip(by_library[1:], added[1:], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,7 +160,7 @@ def test_grids_have_room_for_very_many_sequences(make_model, monkeypatch, dtype)
     monkeypatch.setattr(_cuda, "kernel", lambda *_: None)
     rest = launches.Launches(packed, 70_016).rest
     grids = [launch.grid for launch in rest if isinstance(launch, launches.Launch)]
-    assert len(grids) == (2 * 4 + 1 if dtype == torch.bfloat16 else 2 * 5 + 1)
+    assert len(grids) == (2 * 4 if dtype == torch.bfloat16 else 2 * 5 + 1)
     assert all(1 <= y <= 65535 and 1 <= z <= 65535 for _, y, z in grids)
 
 

@@ -102,12 +102,6 @@ class ScanArguments(ctypes.Structure):
     )
 
 
-class GiveArguments(ctypes.Structure):
-    """Of ``give`` in ``stream.cu``."""
-
-    _fields_ = (("call", _pointer), ("logits", _pointer), ("v", _int))
-
-
 class ConvolutionArguments(ctypes.Structure):
     """Of ``convolution.cu``."""
 

@@ -15,7 +15,6 @@ from .arguments import (
     BeginArguments,
     Call,
     ConvolutionArguments,
-    GiveArguments,
     Norm,
     ProductArguments,
     ScanArguments,
@@ -29,6 +28,7 @@ from .tiling import (
     ScanTiling,
     Tiling,
     group,
+    library_spans,
     overlaps,
     takes_library,
     tile,
@@ -49,7 +49,6 @@ _TYPES = {
 _THREADS = 256
 _CHANNELS = 64  # of a block of ``scan.cu``
 _CONVOLVED = 128 * 8  # channels of a block of ``convolution.cu``
-_GIVEN = 256 * 16  # logits of a block of ``give``
 
 
 class Launch(NamedTuple):
@@ -136,7 +135,9 @@ class Sizes(NamedTuple):
             ("RANK", str(self.r)),
             ("SPANS", str(spans)),
             ("SEQUENCES", str(cut.sequences)),
+            ("TOGETHER", str(cut.together)),
             ("SLOTS", str(cut.slots)),
+            ("KEPT", str(int(cut.kept))),
         )
 
     def takes_library(self, d: int, capacity: int) -> bool:
@@ -150,18 +151,18 @@ def specialisations(
 ) -> Iterator[tuple[Path, _cuda.Defines]]:
     """List the builds that a step of such a model and of so many sequences asks for."""
 
-    def cut(rows: int, columns: int, readers: int) -> Tiling:
+    def cut(rows: int, columns: int, readers: int, **places: int) -> Tiling:
         bytes_of = sizes.storage.itemsize, sizes.factor.itemsize
-        return tile(rows, columns, capacity, *bytes_of, gpu, readers)
+        return tile(rows, columns, capacity, *bytes_of, gpu, readers, **places)
 
     low = sizes.r + 2 * sizes.n
     if sizes.takes_library(d, capacity):
-        x = cut(low, d, -(-d // SCAN_CHANNELS))
+        x = cut(low, d, -(-d // SCAN_CHANNELS), places=1)
         yield PRODUCT, sizes.product(x, "SUMS")
         yield CONVOLUTION, sizes.convolution()
         scan = tile_scan(capacity, d, sizes.n, sizes.r, gpu)
         yield SCAN_MANY, sizes.scan_many(scan, x.spans)
-        yield STREAM, sizes.stream(1)
+        yield STREAM, sizes.stream(library_spans(d))
     else:
         x, out = cut(low, d, -(-d // _CHANNELS)), cut(sizes.m, d, 1)
         yield PRODUCT, sizes.product(cut(2 * d, sizes.m, 0), "CONVOLVED")
@@ -175,7 +176,8 @@ def specialisations(
 class Launches:
     """All launches of a step for up to ``capacity`` sequences, and the memory between them.
 
-    ``begin`` takes what changes from token to token; ``rest`` is the same for every token.
+    ``begin`` and ``end`` take what changes from token to token; ``rest``, between them, is the
+    same for every token.
 
     Raises:
         RuntimeError: A kernel cannot be compiled here; the message says why.
@@ -204,7 +206,8 @@ class Launches:
         self._call = torch.zeros(ctypes.sizeof(Call), dtype=torch.uint8, device=device)
         self._sums: dict[str, Tensor] = {}
 
-        spans = 1 if self._library else self._tile(first.out_proj, 1).spans
+        self._spans = library_spans(packed.d)
+        spans = self._spans if self._library else self._tile(first.out_proj, 1).spans
         self._stream = self._sizes.stream(spans)
         self._begin = self._kernel(STREAM, "begin", self._stream)
         self._beginning = BeginArguments(
@@ -220,7 +223,8 @@ class Launches:
             last = i + 1 == packed.n_layer
             gain, eps = (packed.gain, packed.eps) if last else packed.layers[i + 1][:2]
             self._append_add(layer, out, gain, eps)
-        self._append_head()
+        if not self._library:
+            self._append_product("head", packed.head, self._h, "LOGITS")
 
     def begin(self, call: Call, tokens: Tensor) -> None:
         """Queue the first kernel; it also leaves the call where the others find it."""
@@ -228,6 +232,12 @@ class Launches:
         arguments.call = call
         arguments.tokens, arguments.wide = tokens.data_ptr(), tokens.itemsize == 8
         self._begin.launch((len(tokens), 1, 1), self._sizes.stream_threads, arguments)
+
+    def end(self, logits: Tensor) -> None:
+        """Queue what comes last: a library's logits, whose place in a graph would be fixed."""
+        if self._library:
+            h, head = self._h[: len(logits)], self._packed.head
+            Multiplication("head", h, head.weights, logits).run()
 
     # ------------------------------------------------------------ a layer
 
@@ -298,7 +308,7 @@ class Launches:
         grid, shared = cut.grid(packed.d, capacity), cut.shared_bytes
         self._append("scan", SCAN_MANY, "scan", defines, grid, _THREADS, arguments, shared)
 
-        out = self._between("out_proj", (capacity, packed.m))
+        out = self._between("out_proj", (self._spans, capacity, packed.m))
         self._append_library("out_proj", self._y, layer.out_proj, out)
         return out
 
@@ -329,21 +339,9 @@ class Launches:
             norm=self._norm(gain, eps),
         )
         grid, threads = (self._capacity, 1, 1), self._sizes.stream_threads
-        self._append("add", STREAM, "add", self._stream, grid, threads, arguments)
-
-    def _append_head(self) -> None:
-        head = self._packed.head
-        if not self._library:
-            self._append_product("head", head, self._h, "LOGITS")
-            return
-        # a graph's library writes to one place; the call's logits lie in another for each token
-        logits = self._between("head", (self._capacity, head.rows))
-        self._append_library("head", self._h, head, logits)
-        arguments = GiveArguments(
-            call=self._call.data_ptr(), logits=logits.data_ptr(), v=head.rows
-        )
-        grid = (-(-logits.numel() // _GIVEN), 1, 1)
-        self._append("give", STREAM, "give", self._stream, grid, _THREADS, arguments)
+        # after a library's product there is nothing to gain from places taken early
+        early = not self._library
+        self._append("add", STREAM, "add", self._stream, grid, threads, arguments, early=early)
 
     # ------------------------------------------------------------ one launch
 
@@ -394,10 +392,12 @@ class Launches:
         threads: int,
         arguments: ctypes.Structure,
         shared: int = 0,
+        *,
+        early: bool = True,
     ) -> None:
         kernel = self._kernel(source, entry, defines, shared)
         # the launch before the first is not one of these
-        early = self._overlaps and bool(self.rest)
+        early = early and self._overlaps and bool(self.rest)
         self.rest.append(Launch(name, kernel, grid, threads, arguments, shared, early))
 
     def _kernel(self, source: Path, entry: str, defines: _cuda.Defines, shared: int = 0) -> Any:
@@ -413,7 +413,9 @@ class Launches:
         packed = self._packed
         bytes_of = packed.storage.itemsize, packed.factor.itemsize
         sizes = matrix.rows, matrix.columns, self._capacity
-        return tile(*sizes, *bytes_of, self._gpu, readers)
+        # x_proj leaves the scan of many sequences room to ask for states
+        places = {"places": 1} if self._library else {}
+        return tile(*sizes, *bytes_of, self._gpu, readers, **places)
 
     def _norm(self, gain: Tensor, eps: float) -> Norm:
         return Norm(

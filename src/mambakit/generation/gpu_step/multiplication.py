@@ -17,6 +17,8 @@ class Multiplication(NamedTuple):
 
     Sums are in float32, as far as PyTorch's ``allow_*_reduced_precision_reduction`` leave them
     so when they are queued; ``out`` is too, or of the vectors' dtype, and they are rounded.
+    An ``out`` of three axes has sums over as many spans of the columns as it is long, to be
+    added up later: more blocks, and no kernel that adds them.
     """
 
     name: str
@@ -26,15 +28,20 @@ class Multiplication(NamedTuple):
 
     def run(self) -> None:
         """Queue it."""
-        multiply(self.vectors, self.matrix.T, self.out)
+        a, b = self.vectors, self.matrix.T
+        if self.out.ndim == 3:
+            spans = len(self.out), -1
+            a, b = a.unflatten(1, spans).transpose(0, 1), b.unflatten(0, spans)
+        multiply(a, b, self.out)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Queue a product of CUDA tensors; nothing is allocated."""
+    """Queue a product of CUDA tensors, or one for each span; nothing is allocated."""
+    product = torch.mm if out.ndim == 2 else torch.bmm
     if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
+        product(a, b, out=out)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        product(a, b, out_dtype=out.dtype, out=out)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def _why_no_kernels(device: torch.device) -> str | None:
 
 
 class GPUStep:
-    """Compute one token for each of a few sequences, in one launch of a CUDA graph.
+    """Compute one token for each of a number of sequences, by one CUDA graph.
 
         logits, state = step(tokens, state)     is     model(tokens[:, None], state)
 
@@ -89,7 +89,7 @@ class GPUStep:
     before its bias, its gate and the convolution's window, also in a float32 model with weights
     of ``"bf16"``. Whether its sums may be in fewer digits than float32 is what
     ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` and its like for
-    float16 said when the graph was made.
+    float16 said when the graph was made; for the output layer, what they say at the call.
 
     A token outside the vocabulary makes its own row's logits and state NaN: to refuse it would
     take as long as the step, for the host would have to wait.
@@ -166,7 +166,7 @@ class GPUStep:
         if b > 0:
             old = [tensor.data_ptr() or None for tensor in before] or [None, None]
             new = conv.data_ptr(), ssm.data_ptr(), logits.data_ptr()
-            self._graphs.run(Call(b, *old, *new), tokens.contiguous())
+            self._graphs.run(Call(b, *old, *new), tokens.contiguous(), logits)
         return StepOutput(logits, ModelState.stacked(conv.transpose(2, 3), ssm))
 
 
@@ -179,7 +179,7 @@ class _Graphs:
         self._lock = threading.Lock()
         self._stream: tuple[int, torch.cuda.Stream] | None = None
 
-    def run(self, call: Call, tokens: Tensor) -> None:
+    def run(self, call: Call, tokens: Tensor, logits: Tensor) -> None:
         """Queue one token."""
         # two threads that took turns between the launches would mix their tokens
         with self._lock:
@@ -188,6 +188,7 @@ class _Graphs:
             launches, rest = self._for(room(len(tokens)))
             launches.begin(call, tokens)
             rest()
+            launches.end(logits)
 
     def _for(self, size: int) -> tuple[Launches, Callable[[], None]]:
         if size in self._kept:

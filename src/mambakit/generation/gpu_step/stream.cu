@@ -1,10 +1,8 @@
-// The stream of vectors through the layers: embedding, sums of what the layers add, RMSNorm; and
-// what leaves it.
+// The stream of vectors through the layers: embedding, sums of what the layers add, RMSNorm.
 //
 //     x = embedding[token]         begin
 //     x = x + sums + bias          add
 //     h = gain x / rms(x)          both
-//     logits                       give, from where a library's product has left them
 //
 // A block has one sequence, a thread every THREADS-th number of it, in registers. There is little
 // to read and nothing to overlap it with, so all reads are on their way before the first is used.
@@ -12,7 +10,7 @@
 // how many parts the sums come.
 #include "common.cuh"
 
-constexpr int WARPS = THREADS / 32, GIVERS = 256;
+constexpr int WARPS = THREADS / 32;
 constexpr int EACH = (WIDTH + THREADS - 1) / THREADS; // numbers of a thread
 constexpr bool EARLY = EACH <= 8;                     // registers hold the gain beside them
 
@@ -118,28 +116,4 @@ KERNEL(THREADS, 1) add(const __grid_constant__ AddArguments a) {
         for (int k = 0; k < EACH; k++) v[k] += is_there(k) ? received(sums + index_of(k)) : 0;
     }
     normalise(a.norm, row, v, gain);
-}
-
-struct GiveArguments {
-    const Call* call;
-    const float* logits; // (capacity, v)
-    long long v;
-};
-
-// To where the call wants them. Both lie in one piece, so rows do not matter.
-KERNEL(GIVERS, 1) give(const __grid_constant__ GiveArguments a) {
-    constexpr int BATCH = 4;
-    const long long count = a.call->b * a.v;
-    const long long first = (long long)blockIdx.x * 4 * BATCH * GIVERS + 4 * threadIdx.x;
-    float* to = in_global(a.call->logits);
-    await_kernels();
-#pragma unroll
-    for (int i = 0; i < BATCH; i++) {
-        const long long at = first + i * 4 * GIVERS;
-        if (at + 4 <= count) {
-            *(uint4*)(to + at) = load_shared_cache((const uint4*)(a.logits + at));
-        } else {
-            for (long long k = at; k < count; k++) to[k] = received(a.logits + k);
-        }
-    }
 }

@@ -8,8 +8,8 @@ from functools import cache
 from typing import NamedTuple
 
 # Bytes a second: of memory, of the cache that all multiprocessors share, into one of them; and
-# into one block, of a matrix that comes from memory.
-_MEMORY, _CACHE, _PROCESSOR, _BLOCK = 4.3e12, 6.5e12, 5e10, 3e10
+# into one block, of a matrix that comes from memory, and of vectors that it has to wait for.
+_MEMORY, _CACHE, _PROCESSOR, _BLOCK, _AWAITED = 4.3e12, 6.5e12, 5e10, 3e10, 1.6e10
 # Bytes of shared memory for a block: two of them, or one of each of two kernels, run at once.
 _SHARED, _RESIDENT = 110 * 1024, 2
 _MOST_STAGES = 12
@@ -46,6 +46,17 @@ def takes_library(b: int, n: int, r: int, d: int, w: int) -> bool:
     """Return whether ``scan_many.cu`` and what goes with it can serve, and are faster."""
     fits = r <= _LARGEST_RANK.get(n, 0) and w <= _WIDEST_WINDOW
     return b >= _LIBRARY_FROM and fits and d % 16 == 0
+
+
+def library_spans(columns: int) -> int:
+    """Return over how many spans of columns a library's sums of out_proj are.
+
+    Example:
+        >>> library_spans(4096), library_spans(48)
+        (2, 1)
+    """
+    # a second kernel would add up the library's own spans; of odd widths it is slow
+    return 2 if columns % 128 == 0 else 1
 
 
 def overlaps(b: int, library: bool) -> bool:
@@ -94,6 +105,7 @@ def tile(
     factor_bytes: int,
     gpu: GPU,
     readers: int,
+    places: int = _RESIDENT,
 ) -> Tiling:
     """Choose the tiling that should be fastest.
 
@@ -106,8 +118,11 @@ def tile(
         gpu: The GPU.
         readers: How often each sum is read if sums are over spans of columns, to be added up
             later; 0 allows one span alone.
+        places: Of a multiprocessor, for this kernel's blocks; what is left is for the next's
+            that start early.
     """
     memory = rows * columns * weight_bytes / _MEMORY
+    vector_rate = _AWAITED if readers > 1 else _PROCESSOR
     best = None
     for block_rows in (64, 32, 16):
         for block_columns in (8, 16, 32, 64, 128):
@@ -123,13 +138,13 @@ def tile(
                 matrix = span * block_rows * weight_bytes
                 vectors = span * min(b, block_columns) * factor_bytes
                 turns = math.ceil(blocks / gpu.processors)
-                waves = math.ceil(blocks / (_RESIDENT * gpu.processors))
+                waves = math.ceil(blocks / (places * gpu.processors))
                 sums = 4 * spans * b * rows * (1 + readers) / _CACHE if readers else 0.0
                 cost = sums + max(
                     memory,
                     blocks * (matrix + vectors) / _CACHE,
                     turns * (matrix + vectors) / _PROCESSOR,
-                    waves * (matrix / _BLOCK + vectors / _PROCESSOR),
+                    waves * (matrix / _BLOCK + vectors / vector_rate),
                 )
                 if best is None or cost < 0.98 * best[0]:
                     stages = min(_MOST_STAGES, gpu.share // stage, math.ceil(span / step) + 1)
@@ -158,7 +173,9 @@ class ScanTiling(NamedTuple):
     """How ``scan_many.cu`` has its part; it says what the words mean."""
 
     sequences: int
+    together: int
     slots: int
+    kept: bool
     shared_bytes: int
 
     def grid(self, d: int, b: int) -> tuple[int, int, int]:
@@ -176,15 +193,18 @@ def tile_scan(b: int, d: int, n: int, r: int, gpu: GPU) -> ScanTiling:
 
     Example:
         >>> tile_scan(64, 4096, 16, 128, GPU(132, 227 * 1024))
-        ScanTiling(sequences=8, slots=8, shared_bytes=89088)
+        ScanTiling(sequences=8, together=2, slots=3, kept=True, shared_bytes=96768)
     """
     blocks = max(1, _RESIDENT * gpu.processors // math.ceil(d / SCAN_CHANNELS))
     sequences = min(_MOST_SEQUENCES, math.ceil(b / blocks))
+    together = 2 if n == 16 else 1
+    slot = together * SCAN_CHANNELS * n * 4
     depth = math.ceil(r / 32) * 32
     pitch = depth if depth // 8 % 8 == 4 else depth + 32
-    steps = _WARPS * 8 * 17 * 16
-    low = math.ceil(sequences / 8) * 8 * pitch * 2
-    kept = steps + 2 * low + sequences * 2 * n * 4
-    slot = SCAN_CHANNELS * n * 4
-    slots = max(2, min(sequences, (gpu.share - kept) // slot))
-    return ScanTiling(sequences, slots, slots * slot + kept)
+    rows = math.ceil(sequences / 8) * 8
+    others = _WARPS * 8 * 17 * 8 + rows * (2 * pitch * 2 + 2 * n * 4)
+    weights = SCAN_CHANNELS * depth * 2
+    kept = gpu.share - others - weights >= 2 * slot
+    others += weights if kept else 0
+    slots = max(2, min((gpu.share - others) // slot, math.ceil(sequences / together)))
+    return ScanTiling(sequences, together, slots, kept, slots * slot + others)
