@@ -22,7 +22,8 @@ help:
 	@echo "make demo    train a small byte-level Mamba for about five minutes and read what it writes"
 	@echo "make test    linters, type checker, layers, and all tests"
 	@echo "make gpu-test all laws of operations, modules and models once more, on the CUDA device; memcheck"
-	@echo "make bench   measure this machine: rows in benchmarks/results, tables in the README"
+	@echo "make bench   measure this machine, its GPU if there is one: rows in benchmarks/results,"
+	@echo "             tables in README.md, docs/kernels.md and benchmarks/README.md"
 	@echo "make format  rewrite the sources in the project's format"
 	@echo "make clean   remove the environment, builds and caches (runs/ stays)"
 
@@ -42,18 +43,25 @@ types: $(VENV)/.dev
 layers: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo
 
-# The operations once more, with every jaxtyping annotation checked at each call. The kernels of
-# other devices are under the same interface, and slow on a processor.
+# Operations, modules and models once more, with every jaxtyping annotation checked at each call.
+# The kernels of other devices are under the same interface, and slow on a processor; so are many
+# draws of the modes.
 contracts: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/ops -q -n logical -m "not compiles and not refuses" \
+	$(BIN)/python -m pytest tests/ops tests/modules $(CONTRACTS) -q -n logical \
+	    -m "not compiles and not refuses" \
 	    --ignore tests/ops/scan/test_triton.py --ignore tests/ops/scan/test_triton_compiles.py \
-	    -k "not cuda" --jaxtyping-packages=mambakit,beartype.beartype
+	    -k "not cuda and not generate_is_generations \
+	        and (not every_mode_is_each_sequence_alone or mixer)" \
+	    --jaxtyping-packages=mambakit,beartype.beartype
+
+CONTRACTS = tests/data/test_batches.py \
+    $(patsubst %,tests/models/test_%.py,backbone config documents language layouts modes parity state)
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical
 
-# With the machine's own Python, whose PyTorch is built for its GPU, and which has this package
-# and what the tests need: pip install -e '.[test]'.
+# What needs a GPU runs with the machine's own Python, whose PyTorch is built for its GPU, and which
+# has this package with what the tests or the benchmarks need: pip install -e '.[test,bench]'.
 GPU_PYTHON ?= $(PYTHON)
 
 gpu-test:
@@ -68,8 +76,34 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A text is not this project's to carry: make bench SHAKESPEARE=FILE measures its row too.
+SHAKESPEARE ?=
+
+# Asked for this goal alone, because importing PyTorch takes a while.
+ifneq ($(filter bench,$(MAKECMDGOALS)),)
+SEES_GPU := $(shell $(GPU_PYTHON) -c \
+    'import torch; print(torch.cuda.is_available())' 2> /dev/null)
+endif
+
+ifeq ($(SEES_GPU),True)
+bench: BENCH_PYTHON = $(GPU_PYTHON)
+else
+bench: BENCH_PYTHON = $(BIN)/python
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks
+endif
+
+bench:
+	@if [ "$(SEES_GPU)" = True ]; then \
+	    echo "The GPU that $(GPU_PYTHON) sees is measured."; \
+	    $(GPU_PYTHON) -c 'import mambakit' 2> /dev/null || { \
+	        echo "$(GPU_PYTHON) needs this package and what the benchmarks need:" \
+	            "$(GPU_PYTHON) -m pip install -e '.[bench]'"; exit 1; }; \
+	elif command -v nvidia-smi > /dev/null; then \
+	    echo "The processor is measured: $(GPU_PYTHON) has no PyTorch that sees a GPU here;" \
+	        "make bench GPU_PYTHON=... names another Python."; \
+	fi
+	$(BENCH_PYTHON) -m benchmarks $(if $(SHAKESPEARE),--shakespeare "$(SHAKESPEARE)")
+	$(BENCH_PYTHON) -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info src/mambakit/ops/_cpu_* \

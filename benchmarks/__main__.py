@@ -1,4 +1,4 @@
-"""``python -m benchmarks [NAME ...]``: check, measure, write rows, print them."""
+"""``python -m benchmarks [NAME ...]``: check, measure, write rows, print them as a table."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, rows
+from . import machine, rows, tables
 
 # Quick ones first. The number is how many rounds each runs unless told otherwise: a step of the
 # slowest peer takes a minute.
@@ -113,10 +113,12 @@ def main() -> None:
                 dataclasses.replace(row, machine=described | {"busy_before": round(busy, 3)})
             )
             print(row.text(), flush=True)
-            if on_gpu:  # a borrowed GPU may be gone before the last row
+            if on_gpu:  # all take long: whatever stops a later row, these are kept
                 rows.write(rows.merge(file, measured), file)
         rows.write(rows.merge(file, measured) if options.cases else measured, file)
         print(f"{name}: {time.monotonic() - start:.0f} s, rows in {folder / name}.jsonl\n")
+        if measured:
+            print(tables.text(name, measured), flush=True)
 
 
 if __name__ == "__main__":

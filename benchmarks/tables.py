@@ -17,7 +17,7 @@ from .rows import RESULTS, Row, read
 from .timing import paired_ratio
 
 _ROOT = Path(__file__).parent.parent
-PAGES = (_ROOT / "README.md", _ROOT / "benchmarks" / "README.md")
+PAGES = tuple(_ROOT / page for page in ("README.md", "benchmarks/README.md", "docs/kernels.md"))
 _BLOCK = re.compile(
     r"(?P<open><!-- benchmarks: (?P<name>[\w ]+) -->\n).*?(?P<close><!-- benchmarks: end -->)",
     re.S,
@@ -247,6 +247,51 @@ TABLES: dict[str, Callable[[Cases], Table]] = {
 }
 
 
+# What the page of the GPU kernels shows: layers of the published models, one long sequence, one
+# short one, other states, float32.
+_SHOWN_SCANS = (
+    "(8, 2048, 2048, 16), bf16",
+    "(1, 2048, 65536, 16), bf16",
+    "(1, 2048, 2048, 16), bf16",
+    "(8, 2048, 2048, 64), bf16",
+    "(8, 2048, 2048, 1), bf16",
+    "(8, 2048, 2048, 16), fp32",
+)
+
+
+def kernels_forward(cases: Cases) -> Table:
+    """Show the forward scan beside its floor."""
+    return _beside_floor(_shown(cases, "forward"), "fused")
+
+
+def kernels_backward(cases: Cases) -> Table:
+    """Show the scan with all gradients beside its floor, and its peak memory."""
+    head, *lines = _beside_floor(_shown(cases, "forward + backward"), "fused")
+    table = [(*head, "peak memory")]
+    for name, *columns in lines:
+        peak = cases.get(name.replace("forward + backward", "peak memory"), {})
+        table.append((name, *columns, _quantity(peak.get("fused"))))
+    return table
+
+
+def kernels_conv(cases: Cases) -> Table:
+    """Show the convolution beside its floor."""
+    return _beside_floor(cases, "fused")
+
+
+def kernels_token(cases: Cases) -> Table:
+    """Show one token of a model beside its floor: the step by itself, in a CUDA graph."""
+    return _beside_floor(cases, "mambakit, step alone")
+
+
+# Tables of some of a benchmark's rows, by the benchmark.
+EXCERPTS: dict[str, tuple[Callable[[Cases], Table], ...]] = {
+    "gpu_scan": (kernels_forward, kernels_backward),
+    "gpu_conv": (kernels_conv,),
+    "gpu_decode": (kernels_token,),
+}
+
+
 def summary(results: dict[str, Cases]) -> Table:
     """Show one line for each claim of the front page that this device has rows for."""
     claims: dict[str, Callable[[Cases], Table]] = {
@@ -333,20 +378,31 @@ def _gpu_step_claims(cases: Cases) -> Table:
 
 
 def render(results: Path) -> dict[str, str]:
-    """Return each table's Markdown, over all devices that have rows."""
+    """Return each table's Markdown, over all devices that have rows for it."""
     blocks: dict[str, str] = {}
     for folder in sorted(results.glob("*/")):
         rows = {file.stem: read(file) for file in sorted(folder.glob("*.jsonl"))}
         cases = {name: _by_case(measured) for name, measured in rows.items()}
-        for name, table in TABLES.items():
-            if name in cases:
-                caption = _caption(rows[name])
-                blocks[name] = blocks.get(name, "") + caption + _markdown(table(cases[name]))
+        for name in TABLES:
+            if name in rows:
+                blocks[name] = blocks.get(name, "") + text(name, rows[name])
+        for name, tables in EXCERPTS.items():
+            for table in tables:
+                lines = table(cases.get(name, {}))
+                if len(lines) > 1:
+                    caption = _caption(rows[name])
+                    shown = blocks.get(table.__name__, "")
+                    blocks[table.__name__] = shown + caption + _markdown(lines)
         if cases:
             every = [row for measured in rows.values() for row in measured]
             caption = _caption(every, commit=False)
             blocks["summary"] = blocks.get("summary", "") + caption + _markdown(summary(cases))
     return blocks
+
+
+def text(name: str, rows: list[Row]) -> str:
+    """Return one benchmark's rows on one device as Markdown, and what they were measured on."""
+    return _caption(rows) + _markdown(TABLES[name](_by_case(rows)))
 
 
 def fill(page: str, blocks: dict[str, str]) -> str:
@@ -394,6 +450,23 @@ def _markdown(table: Table) -> str:
     return "\n".join([head, "|---" * len(table[0]) + "|", *lines]) + "\n\n"
 
 
+def _shown(cases: Cases, what: str) -> Cases:
+    names = [f"{what}, (b, d, l, n) = {shape}" for shape in _SHOWN_SCANS]
+    return {name: cases[name] for name in names if name in cases}
+
+
+def _beside_floor(cases: Cases, subject: str) -> Table:
+    """Show the times of one subject beside those that nothing could go below."""
+    table: Table = [("case", "time", "floor", "time / floor")]
+    for name, case in cases.items():
+        if subject in case:
+            ours, least = case[subject], case.get("floor")
+            bound = f", {least.note}" if least and least.note else ""
+            floor = f"{_quantity(least)}{bound}"
+            table.append((name, _quantity(ours), floor, _times(ours, least) if least else "-"))
+    return table
+
+
 def _reached(cases: Cases) -> Table:
     table: Table = [("recipe", "what", "reached", "")]
     table += [
@@ -422,14 +495,18 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _quantity(row: Row | None) -> str:
     if row is None:
         return "-"
-    return _rate(row) if row.tokens else f"{row.median:.3g} {row.unit}"
+    return _rate(row) if row.tokens else f"{_short(row.median)} {row.unit}"
 
 
 def _milliseconds(row: Row | None) -> str:
-    return f"{row.median:.3g} ms" if row else "-"
+    return f"{_short(row.median)} ms" if row else "-"
 
 
 def _times(above: Row | None, below: Row) -> str:
@@ -455,6 +532,7 @@ def main() -> None:
             temporary = page.with_name(page.name + ".partial")
             temporary.write_text(new, encoding="utf-8")
             os.replace(temporary, page)
+            print(f"{page.relative_to(_ROOT)}: its tables are those of the rows now")
     if options.check and stale:
         sys.exit("the tables are older than the rows: run python -m benchmarks.tables")
 

@@ -305,6 +305,69 @@ class TestGenerate:
         said = refused(capsys, "generate", "model", "--prompt", "To be", "--tokenizer", "byte")
         assert "it is another model's" in said
 
+    def test_a_state_that_cannot_be_saved_is_refused_before_the_work(
+        self, run, place, capsys, monkeypatch
+    ):
+        import mambakit.training
+
+        loads = []
+        monkeypatch.setattr(mambakit.training, "load_model", lambda *_: loads.append(1))
+        arguments = ("generate", run, "--prompt", "To be", "--save-state")
+        said = refused(capsys, *arguments, "text.txt/below")
+        assert said == "mambakit: cannot write text.txt/below: Not a directory\n"
+        assert "it is a folder" in refused(capsys, *arguments, place)
+        assert not loads
+
+    def test_a_character_that_is_only_begun_is_not_written(self, place, capsys):
+        """An untrained model of bytes writes many of them."""
+        from mambakit import MambaConfig, MambaLM
+        from mambakit.data import ByteTokenizer
+        from mambakit.generation import generate_text
+
+        model = MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=256))
+        model.save_pretrained("bytes")
+        arguments = ["generate", "bytes", "--tokenizer", "byte", "--prompt", "é"]
+        written = []
+        for seed in range(40):
+            settings = {"max_new_tokens": 3, "seed": seed}
+            (whole,) = generate_text(model, ByteTokenizer(), ["é"], **settings)
+            more = ["--max-new-tokens", "3", "--seed", str(seed)]
+            assert cli.main([*arguments, *more]) == 0
+            text = capsys.readouterr().out.removeprefix("é").removesuffix("\n")
+            assert whole in (text, text + "\ufffd")
+            written.append(text == whole)
+        assert {*written} == {True, False}
+
+    def test_the_device_is_that_which_is_named(self, run, place, capsys, monkeypatch):
+        from mambakit.models import MambaLM
+
+        moves, move = [], MambaLM.to
+
+        def note(model, device):
+            moves.append(str(device))
+            return move(model, "cpu")
+
+        monkeypatch.setattr(MambaLM, "to", note)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        arguments = ["generate", str(run), "--prompt", "To be", "--seed", "3"]
+        said = set()
+        for device in ([], ["--device", "auto"], ["--device", "cpu"], ["--device", "cpu:0"]):
+            assert cli.main([*arguments, *device]) == 0
+            assert cli.main(["evaluate", str(run), "text.txt", *device]) == 0
+            said.add(capsys.readouterr().out)
+        assert moves == ["cpu"] * 6 + ["cpu:0"] * 2
+        assert len(said) == 1
+
+    @pytest.mark.parametrize("command", ["generate", "evaluate"])
+    def test_a_device_that_cannot_be_used_is_one_sentence(self, run, place, capsys, command):
+        what = ["--prompt", "a"] if command == "generate" else ["text.txt"]
+        for device, words in (
+            ("gpu", f"{command}: --device must be auto or a PyTorch device, got 'gpu'"),
+            ("meta", f"{command}: --device must be one that computes, got 'meta'"),
+            ("cuda:99", f"{command}: --device 'cuda:99' cannot be used: "),
+        ):
+            assert words in refused(capsys, command, run, *what, "--device", device)
+
     def test_weights_may_be_rounded(self, run, capsys):
         arguments = ["generate", str(run), "--prompt", "To be", "--max-new-tokens", "12"]
         for weights in ("bf16", "int8"):

@@ -3,6 +3,7 @@
 import pytest
 
 from mambakit import doctor
+from mambakit.modules import _hardware
 from mambakit.ops import _backends, _native
 
 
@@ -26,7 +27,7 @@ def test_everything_that_is_usable_computes_the_right_numbers(run):
 @pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
 def test_the_kernels_are_checked_and_named_with_their_instruction_set(run):
     _, lines = run()
-    assert f"  {'cpu':<14} fused ({_native.isa()})" in lines
+    assert f"  {'cpu':<15} fused ({_native.isa()})" in lines
     assert sum(" fused on cpu" in line for line in lines) == 4
 
 
@@ -68,7 +69,7 @@ def test_a_build_that_failed_is_told_also_where_another_serves(
     healthy, lines = run()
     assert healthy
     told = [line for line in lines if line.startswith("  not built")]
-    assert told == ["  not built      _cpu_avx512 failed to compile (why)"] * left_over
+    assert told == ["  not built       _cpu_avx512 failed to compile (why)"] * left_over
 
 
 def test_builds_without_the_one_to_start_from_are_no_lie_about_the_processor(
@@ -102,9 +103,37 @@ def test_extras_that_are_not_installed_are_named_with_the_command(monkeypatch):
     real = doctor.metadata.version
 
     def version(name):
-        if name == "matplotlib":
+        if name in ("matplotlib", "huggingface_hub", "triton"):
             raise doctor.metadata.PackageNotFoundError(name)
         return real(name)
 
     monkeypatch.setattr(doctor.metadata, "version", version)
-    assert "pip install 'mambakit[plot]'" in dict(doctor.versions())["matplotlib"]
+    told = dict(doctor.versions())
+    assert "pip install 'mambakit[plot]'" in told["matplotlib"]
+    assert "pip install 'mambakit[hub]'" in told["huggingface_hub"]
+    assert "triton" not in told  # no extra of ours brings it
+
+
+def test_the_compiler_is_told_by_its_version_or_by_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: f"{name} 1")
+    monkeypatch.setattr(doctor._cuda, "_compiler", lambda: (13, 5))
+    told = dict(doctor.versions())
+    assert told["nvrtc"] == "13.5"
+    assert told["triton"] == "triton 1"
+    monkeypatch.setattr(doctor._cuda, "_compiler", lambda: "it is nowhere")
+    assert dict(doctor.versions())["nvrtc"] == "not usable: it is nowhere"
+
+
+@pytest.mark.parametrize(
+    ("able", "told"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": True, "amx_fp16": True}, "avx512_bf16 and amx_bf16"),
+        (
+            {"avx512_bf16": False},
+            "no instructions: products of 16 rows or more are made in float32",
+        ),
+    ],
+)
+def test_the_processors_bf16_instructions_are_named(monkeypatch, able, told):
+    monkeypatch.setattr(_hardware, "_cpu_capabilities", lambda: able)
+    assert dict(doctor.processor())["bf16"] == told

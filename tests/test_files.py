@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mambakit._files import read_text, replacing, sweep
+from mambakit._files import read_text, replacing, require_writable, sweep
 
 
 def test_an_error_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -21,6 +21,26 @@ def test_an_error_leaves_the_old_file_and_no_rubbish(tmp_path):
         write_half()
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").touch()
+    for target, words in (
+        (tmp_path / "file" / "below", "Not a directory"),
+        (tmp_path / "file" / "far" / "below", "Not a directory"),
+        (tmp_path, "it is a folder"),
+        (tmp_path / "..", "it names no file"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"^cannot write .*{target.name}: {words}$"):
+            require_writable(target)
+
+
+def test_what_can_be_written_is_left_as_it_is(tmp_path):
+    (tmp_path / "file").write_text("old")
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "new" / "folder" / "file")
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_a_folder_appears_whole(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,11 +67,8 @@ def replacing(target: Path) -> Iterator[Path]:
         >>> target.read_text()
         'whole'
     """
+    _require_place(target)
     # the process id keeps two processes that share a cache out of each other's way
-    if target.name in ("", ".."):
-        raise RuntimeError(f"cannot write {target}: it names no file")
-    if target.exists() and not (target.is_file() or target.is_dir()):
-        raise RuntimeError(f"cannot write {target}: it is a device or a pipe, not a file")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +84,32 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         if temporary.exists():
             _remove(temporary)
+
+
+def _require_place(target: Path) -> None:
+    if target.name in ("", ".."):
+        raise RuntimeError(f"cannot write {target}: it names no file")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise RuntimeError(f"cannot write {target}: it is a device or a pipe, not a file")
+
+
+def require_writable(target: Path) -> None:
+    """Refuse a file that cannot be written, before anybody works for it; leave no trace.
+
+    Raises:
+        RuntimeError: As ``replacing``, as far as can be known.
+    """
+    _require_place(target)
+    if target.is_dir():
+        raise RuntimeError(f"cannot write {target}: it is a folder")
+    folder = target.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent  # ``replacing`` makes what is missing below
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RuntimeError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def sweep(folder: Path) -> None:

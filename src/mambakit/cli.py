@@ -119,9 +119,10 @@ def _say(line: str) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from mambakit._files import read_text
+    from mambakit._files import read_text, require_writable
     from mambakit.generation import Bookmark, complete
     from mambakit.training import keep_freed_memory, load_model
+    from mambakit.training.precision import resolve_device
 
     keep_freed_memory()
     prompt = options.prompt
@@ -129,10 +130,14 @@ def _generate(options: argparse.Namespace) -> int:
         prompt = read_text(options.prompt_file, "prompt")
     if prompt is None and options.state is None:
         raise ValueError("generate: give --prompt, --prompt-file or --state")
+    if options.save_state is not None:
+        require_writable(options.save_state)
+    device = resolve_device(options.device, "generate: --device")
     model, tokenizer = load_model(options.model, options.tokenizer)
+    model = model.to(device)
     place = None
     if options.state is not None:
-        place = Bookmark.load(options.state, config=model.config)
+        place = Bookmark.load(options.state, device=device, config=model.config)
         if len(place) != 1:
             raise ValueError(
                 f"generate: {options.state} must hold one text, got {len(place)} side by side"
@@ -170,10 +175,12 @@ def _generate(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from mambakit.evaluation import LanguageScore, evaluate_files
     from mambakit.training import keep_freed_memory, load_model
+    from mambakit.training.precision import resolve_device
 
     keep_freed_memory()
+    device = resolve_device(options.device, "evaluate: --device")
     model, tokenizer = load_model(options.model, options.tokenizer)
-    scores = evaluate_files(model, tokenizer, options.files)
+    scores = evaluate_files(model.to(device), tokenizer, options.files)
     if len(scores) > 1:
         scores["all together"] = sum(scores.values(), LanguageScore(0.0, 0, 0))
     print(f"{'bits/byte':>9} {'perplexity':>10} {'bytes':>12}")
@@ -245,6 +252,13 @@ def _parser() -> argparse.ArgumentParser:
             "tokenizers JSON file (tokenizer.json beside the model)",
         )  # fmt: skip
 
+    def device(use: argparse.ArgumentParser) -> None:
+        use.add_argument(
+            "--device", default="auto", metavar="D",
+            help="cpu, cuda, cuda:1 or another of PyTorch's; auto is cuda where there is one "
+            "and cpu elsewhere (auto)",
+        )  # fmt: skip
+
     train = command("train", "train a model as a TOML file says", _TRAIN)
     train.set_defaults(run=_train)
     train.add_argument("config", type=Path, help="the run: data, tokenizer, model, training")
@@ -301,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", choices=("bf16", "int8"),
         help="round the weights that each new token reads, which makes it faster",
     )  # fmt: skip
+    device(generate)
     generate.add_argument("--seed", type=int, metavar="S", help="the same seed, the same text")
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT",
@@ -310,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", "measure bits per byte and perplexity on files", _EVALUATE)
     evaluate.set_defaults(run=_evaluate)
     source(evaluate)
+    device(evaluate)
     evaluate.add_argument("files", nargs="+", metavar="FILES", help="files or folders")
 
     convert = command("convert", "rewrite a model in another layout", _CONVERT)

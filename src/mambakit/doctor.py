@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambakit.modules._hardware import cpu_instructions
 from mambakit.ops import _cuda, causal_conv1d, selective_scan
 from mambakit.ops._backends import (
     Backend,
@@ -60,7 +61,7 @@ def report(write: Callable[[str], object] = print) -> bool:
     ):
         write(title)
         for name, value in rows:
-            write(f"  {name:<14} {value}")
+            write(f"  {name:<15} {value}")
     write(f"checks against the recurrence in float64 (error must be at most {TOLERANCE:g})")
     failed = 0
     for check in checks():
@@ -72,7 +73,11 @@ def report(write: Callable[[str], object] = print) -> bool:
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """List Python, this package and the packages it can use, each with its version."""
+    """List Python, this package and the packages it can use, each with its version.
+
+    Triton, which GPU builds of PyTorch bring and no extra, is told where it is there. NVRTC is
+    told by the library that was found, whichever package it is from.
+    """
     yield "python", platform.python_version()
     yield "mambakit", metadata.version("mambakit")
     for name, extra in (
@@ -81,16 +86,28 @@ def versions() -> Iterator[tuple[str, str]]:
         ("safetensors", None),
         ("matplotlib", "plot"),
         ("tokenizers", "tokenizers"),
+        ("huggingface_hub", "hub"),
+        ("triton", None),
         ("cuda-bindings", "cuda"),
     ):
         try:
             yield name, metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield name, f"not installed (pip install 'mambakit[{extra}]')"
+            if extra is not None:
+                yield name, f"not installed (pip install 'mambakit[{extra}]')"
+    try:
+        nvrtc = ".".join(map(str, _cuda.version()))
+    except RuntimeError as why:
+        nvrtc = f"not usable: {why}"
+    yield "nvrtc", nvrtc
 
 
 def processor() -> Iterator[tuple[str, str]]:
-    """List the processor's name, the features that matter here, and torch's threads."""
+    """List the processor's name, the features that matter here, and torch's threads.
+
+    Beside them, with what it multiplies bfloat16, which decides how products of models in it
+    are computed (``mambakit.modules.linear``).
+    """
     name, features = platform.processor() or platform.machine(), ""
     table = Path("/proc/cpuinfo")
     if table.exists():
@@ -101,6 +118,8 @@ def processor() -> Iterator[tuple[str, str]]:
         features = " ".join(feature for feature in CPU_FEATURES if feature in present)
     yield "name", name
     yield "features", features or torch.backends.cpu.get_cpu_capability().lower()
+    short = " and ".join(cpu_instructions(torch.bfloat16))
+    yield "bf16", short or "no instructions: products of 16 rows or more are made in float32"
     yield "threads", str(torch.get_num_threads())
 
 

@@ -102,6 +102,31 @@ def test_gpu_rows_become_tables(tmp_path):
     assert "compiled Llama 25 tokens/s: 2x" in blocks["summary"]
 
 
+def test_the_kernels_page_has_tables_of_what_was_measured_and_of_nothing_else(tmp_path):
+    shape = "(b, d, l, n) = (8, 2048, 2048, 16), bf16"
+    other = "(b, d, l, n) = (3, 5, 7, 16), bf16"
+    both = f"forward + backward, {shape}"
+    file = tmp_path / "a-gpu" / "gpu_scan.jsonl"
+    write(
+        [
+            row("s", both, "fused", 3.0),
+            row("s", both, "floor", 2.0, note="bound by memory"),
+            row("s", f"peak memory, {shape}", "fused", 1234.5, unit="MB"),
+            row("s", f"forward, {other}", "fused", 1.0),
+        ],
+        file,
+    )
+    blocks = tables.render(tmp_path)
+    assert (
+        f"| {both} | 3 ms | 2 ms, bound by memory | 1.5x | 1,234 MB |"
+        in (blocks["kernels_backward"])
+    )
+    assert not {"kernels_forward", "kernels_conv", "kernels_token"} & blocks.keys()
+    assert f"| forward, {other} | 1 ms |" in blocks["gpu_scan"]
+    write([row("s", both, "fused", 3.0)], file)
+    assert f"| {both} | 3 ms | - | - | - |" in tables.render(tmp_path)["kernels_backward"]
+
+
 def test_cases_have_names_of_their_own():
     names = [str(case) for case in gpu_training_step.CASES]
     assert len(set(names)) == len(names)

@@ -1,5 +1,7 @@
 """Laws of batches: targets follow inputs, an epoch is the text, and a place can be kept."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -123,19 +125,45 @@ def test_a_text_that_is_too_short_is_refused(kind, sentence):
         kind(np.arange(9), batch_size=2, length=16, seed=0, name="poem")
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "size", [{"batch_size": 0, "length": 4}, {"batch_size": 1, "length": 0}]
-)
-def test_sizes_below_one_are_refused(kind, size):
-    with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        kind(np.arange(9), seed=0, **size)
+@pytest.mark.parametrize("name", ["batch_size", "length", "seed"])
+@pytest.mark.parametrize("value", [-1, 2.5, True, "2", None])
+def test_sizes_and_seeds_that_are_no_numbers_of_their_kind_are_refused(kind, name, value):
+    sizes = {"batch_size": 1, "length": 4, "seed": 0}
+    least = sizes[name] if name == "seed" else 1
+    words = f"{name} must be a whole number of at least {least}, got {value!r}"
+    with pytest.raises(ValueError, match=f"^{kind.__name__}: {re.escape(words)}$"):
+        kind(np.arange(9), **sizes | {name: value})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["batch_size", "length"])
+def test_sizes_below_one_are_refused(kind, name):
+    with pytest.raises(ValueError, match=f"{name} must be .* at least 1, got 0"):
+        kind(np.arange(9), **{"batch_size": 1, "length": 4, "seed": 0} | {name: 0})
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_numpy_will_do(kind):
+    sizes = {"batch_size": np.uint8(2), "length": np.uint8(200), "seed": np.int32(3)}
+    assert kind(np.arange(999), **sizes).next().inputs.shape == (2, 200)
+
+
+@pytest.mark.refuses
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "place",
-    [{}, {"epoch": 0}, {"epoch": -1, "position": 0}, {"epoch": 0, "position": 10**9}],
+    [
+        {},
+        {"epoch": 0},
+        {"epoch": -1, "position": 0},
+        {"epoch": 0, "position": 10**9},
+        {"epoch": "0", "position": 0},
+        {"epoch": 0, "position": 1.5},
+        3,
+    ],
 )
 def test_a_place_that_is_none_is_refused(kind, place):
     batches = kind(np.arange(100), batch_size=2, length=8, seed=0)

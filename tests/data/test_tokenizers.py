@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from mambakit.data import (
@@ -46,6 +47,14 @@ def test_text_comes_back(tokenizer):
     assert ids.max() < tokenizer.vocab_size
     assert tokenizer.decode(ids.tolist()) == TEXT
     assert tokenizer.decode_bytes(ids.tolist()) == TEXT.encode()
+
+
+@pytest.mark.parametrize("tokenizer", every(), ids=lambda t: t.name)
+@pytest.mark.parametrize("kind", [np.asarray, np.uint16, torch.as_tensor])
+def test_text_comes_back_from_arrays_as_well(tokenizer, kind):
+    ids = kind(tokenizer.encode(TEXT))
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.decode_bytes(ids) == TEXT.encode()
 
 
 @pytest.mark.parametrize("tokenizer", every(), ids=lambda t: t.name)

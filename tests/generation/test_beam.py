@@ -54,6 +54,54 @@ def test_one_beam_is_greedy(model, prompts):
     assert_close(found.state.layers[1].ssm, greedy.state.layers[1].ssm)
 
 
+@pytest.mark.parametrize("ends", [(), (2,)])
+@pytest.mark.parametrize("beams", [2, V**3])
+def test_a_beam_without_a_token_dies_and_the_others_live(small, ends, beams):
+    """After a 1 nothing may come, so that it is the last token or there is none."""
+
+    def dead_end(logits, texts):
+        after = torch.stack([text[-1] == 1 for text in texts])
+        return logits.masked_fill(after[:, None], -torch.inf)
+
+    prompts = [torch.tensor([1, 2, 3]), torch.tensor([0])]
+    settings = {"max_new_tokens": 3, "beams": beams, "best": 2, "stop_tokens": ends}
+    found = beam_search(small, prompts, logits_processors=[dead_end], **settings)
+    assert len(found) == 4
+    for i, prompt in enumerate(prompts):
+        every = by_hand(small, prompt, 3, ends, 1.0)
+        left = [(score, tokens) for score, tokens in every if 1 not in tokens[:-1]]
+        if beams > 2:
+            rows = slice(2 * i, 2 * i + 2)
+            assert [row.tolist() for row in found.tokens[rows]] == [t for _, t in left[:2]]
+            assert_close(
+                torch.tensor(found.scores[rows]), torch.tensor([s for s, _ in left[:2]])
+            )
+    assert all(1 not in row.tolist()[:-1] for row in found.tokens)
+
+
+def test_a_prompt_whose_beams_have_all_died_is_refused(small):
+    def dead_end(logits, texts):
+        long = torch.tensor([len(text) >= 3 and int(text[0]) == 3 for text in texts])
+        return logits.masked_fill(long[:, None], -torch.inf)
+
+    settings = {"max_new_tokens": 4, "beams": 3, "logits_processors": [dead_end]}
+    assert len(beam_search(small, torch.tensor([[2]]), **settings)) == 1
+    with pytest.raises(ValueError, match=r"allow at least one token, .* in row 1: "):
+        beam_search(small, torch.tensor([[2], [3]]), **settings)
+    early = beam_search(small, torch.tensor([[3]]), stop_tokens=[0], **settings)
+    assert [row.tolist()[-1] for row in early.tokens] == [0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_beam_of_no_numbers_is_refused(small, value):
+    def spoil(logits, texts):
+        logits[-1, 0] = value if len(texts) > 1 else 0.0
+        return logits
+
+    with pytest.raises(ValueError, match="logits must be numbers"):
+        beam_search(small, torch.tensor([[1]]), max_new_tokens=3, logits_processors=[spoil])
+
+
 def test_prompts_are_searched_as_alone(model, prompts):
     settings = {"max_new_tokens": 8, "beams": 3, "best": 2, "stop_tokens": [3, 7, 8]}
     together = beam_search(model, prompts, **settings)

@@ -1,12 +1,13 @@
 """Laws of the engine: rows of any length, forks, probabilities, reasons, and going on."""
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from mambakit import MambaConfig, MambaLM
 from mambakit.data import ByteTokenizer
-from mambakit.generation import Bookmark, complete, generate
+from mambakit.generation import Bookmark, beam_search, complete, generate, stream
 from mambakit.models.state_file import write_layers
 
 V = 21
@@ -142,6 +143,24 @@ def test_what_a_processor_must_return(model, processor, message):
         complete(model, torch.tensor([[1]]), logits_processors=[processor], **GREEDY)
 
 
+@pytest.mark.parametrize("rules", [{"temperature": 0}, {"seed": 2, "samples": 3}])
+def test_a_processor_may_write_into_what_it_is_given(model, prompts, rules):
+    def forbid(logits, _):
+        logits[:, : V // 2] = -torch.inf
+        return logits
+
+    def result(processor):
+        return complete(
+            model, prompts[:1], max_new_tokens=6, logits_processors=[processor], **rules
+        )
+
+    wanted = result(lambda logits, texts: forbid(logits.clone(), texts))
+    got = result(forbid)
+    assert lists(got.tokens) == lists(wanted.tokens)
+    for one, other in zip(got.log_probabilities, wanted.log_probabilities, strict=True):
+        assert_close(one, other)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 5])
 def test_it_goes_on_where_it_was_left(model, prompts, cut):
     whole = complete(model, prompts, **GREEDY)
@@ -189,6 +208,43 @@ def test_a_bookmark_goes_through_a_file_and_forks(model, prompts, tmp_path):
     assert lists(rows.tokens) == [expected.tokens[3].tolist()] * 2
 
 
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [
+        (1, [1]), (-1, [3]), (np.int64(2), [2]), (torch.tensor(1), [1]), (slice(1, 3), [1, 2]),
+        ([2, 0], [2, 0]), ((3, 1), [3, 1]), (range(2), [0, 1]), (np.array([1, 1]), [1, 1]),
+        (torch.tensor([3, 0]), [3, 0]),
+    ],
+)  # fmt: skip
+def test_a_bookmarks_places_are_indexed_like_states(model, prompts, index, rows):
+    place = complete(model, prompts, **GREEDY).bookmark
+    some = place[index]
+    assert len(some) == len(rows)
+    for name in ("unread", "recent", "written"):
+        assert torch.equal(getattr(some, name), getattr(place, name)[rows])
+    assert torch.equal(some.state.layers[0].ssm, place.state.layers[0].ssm[rows])
+
+
+@pytest.mark.parametrize("index", [4, True, 1.0, torch.tensor(4)])
+def test_a_place_that_there_is_not_is_no_index(model, prompts, index):
+    with pytest.raises(IndexError, match="of 4 does not exist"):
+        complete(model, prompts, **GREEDY).bookmark[index]
+
+
+def test_a_bookmark_knows_the_tokens_that_were_read_last(model, prompts):
+    first = complete(model, prompts, **GREEDY)
+    then = complete(model, state=first.bookmark, **GREEDY)
+    long = complete(model, torch.randint(V, (1, 400)), **GREEDY)
+    whole = [
+        torch.cat(row)[:-1] for row in zip(prompts, first.tokens, then.tokens, strict=True)
+    ]
+    assert lists(then.bookmark.remembered()) == lists(whole)
+    assert then.bookmark.written.tolist() == [16] * 4
+    assert long.bookmark.recent.shape == (1, 256)
+    more = complete(model, prompts, state=then.bookmark, samples=2, max_new_tokens=3)
+    assert more.bookmark.written.tolist() == [3] * 8
+
+
 def test_a_plain_state_is_a_bookmark_with_nothing_unread(model, tmp_path):
     tokens = torch.randint(V, (1, 6))
     model(tokens[:, :4]).state.save(tmp_path / "state")
@@ -205,6 +261,9 @@ def test_a_plain_state_is_a_bookmark_with_nothing_unread(model, tmp_path):
         {"unread": torch.zeros(1, 2)},
         {"unread": torch.zeros(2, 1, dtype=torch.int64)},
         {"other": torch.zeros(1, 1, dtype=torch.int64)},
+        {"recent": torch.zeros(2, 1, dtype=torch.int64)},
+        {"written": torch.zeros(1, 1, dtype=torch.int64)},
+        {"written": torch.zeros(1)},
     ],
 )
 def test_files_that_hold_no_bookmark_are_refused(model, tmp_path, extra):
@@ -212,6 +271,20 @@ def test_files_that_hold_no_bookmark_are_refused(model, tmp_path, extra):
     write_layers(tmp_path / "place", state.layers, extra)
     with pytest.raises(ValueError, match="must hold a state and its unread tokens alone"):
         Bookmark.load(tmp_path / "place")
+
+
+def test_a_file_without_the_tokens_that_were_read_is_a_bookmark(model, tmp_path):
+    """As version 0.1.0 wrote it."""
+    done = complete(model, torch.randint(V, (1, 6)), **GREEDY)
+    write_layers(tmp_path / "place", done.state.layers, {"unread": done.bookmark.unread})
+    place = Bookmark.load(tmp_path / "place", device=model.device)
+    assert (place.recent, place.written) == (None, None)
+    place.fork(2)[[1]].save(tmp_path / "again")
+    place = Bookmark.load(tmp_path / "again", device=model.device)
+    expected = complete(model, state=done.bookmark, **GREEDY)
+    got = complete(model, state=place, **GREEDY)
+    assert lists(got.tokens) == lists(expected.tokens)
+    assert got.bookmark.recent.shape == (1, 8)
 
 
 def test_reasons_and_texts_of_stop_strings():
@@ -253,6 +326,15 @@ def test_reasons_and_texts_of_stop_strings():
         ([torch.tensor([1])], {"tokenizer": "byte"}, "tokenizer must be a Tokenizer, got str"),
         ([torch.tensor([1])], {"alternatives": 22}, "alternatives must be at most the 21 ids"),
         ([torch.tensor([1])], {"draft": 3}, "draft must be a MambaLM, got int"),
+        ([torch.tensor([1])], {"generator": 3}, r"must be a torch\.Generator or None, got 3"),
+        ([torch.tensor([1])], {"logits_processors": None}, "a list of functions, got None"),
+        ([torch.tensor([1])], {"logits_processors": len}, "a list of functions, got <built-in"),
+        ([torch.tensor([1])], {"logits_processors": [3]}, "a list of functions, got 3"),
+        (
+            [torch.tensor([1])],
+            {"tokenizer": ByteTokenizer(), "on_text": 3},
+            "on_text must be a function, got 3",
+        ),
     ],
 )
 @pytest.mark.cpu
@@ -261,9 +343,19 @@ def test_bad_input_is_refused(model, prompts, settings, message):
         complete(model, prompts, **{"max_new_tokens": 1} | settings)
 
 
+@pytest.mark.parametrize("use", [generate, complete, beam_search, stream])
+def test_what_is_no_model_is_refused(use):
+    for other in (3, torch.nn.Linear(2, 2)):
+        name = type(other).__name__
+        with pytest.raises(ValueError, match=f"generate: model must be a MambaLM, got {name}$"):
+            use(other, torch.tensor([[1]]), max_new_tokens=1)
+
+
 def test_a_bookmark_of_another_number_of_rows_is_refused(model, prompts):
     place = complete(model, prompts, **GREEDY).bookmark
     with pytest.raises(ValueError, match="one sequence for each prompt, 2, got 4"):
         complete(model, prompts[:2], state=place, **GREEDY)
     with pytest.raises(ValueError, match=r"unread must be of shape \(4, u\).*got \(3, 1\)"):
         Bookmark(place.state, place.unread[:3])
+    with pytest.raises(ValueError, match=r"written must be of shape \(4,\).*got \(4, 1\)"):
+        Bookmark(place.state, place.unread, written=place.unread)

@@ -51,12 +51,21 @@ def test_it_holds_the_memory_of_its_states(states):
     assert shared.nbytes == states[0].nbytes
 
 
-@pytest.mark.parametrize("tokens", [3, -1])
+@pytest.mark.parametrize("tokens", [3, -1, 1.5, "1"])
 def test_it_reaches_back_so_far_and_no_further(states, tokens):
-    with pytest.raises(ValueError, match=f"rewind: tokens must be from 0 to 2, .*got {tokens}"):
+    with pytest.raises(
+        ValueError, match=f"rewind: tokens must be from 0 to 2, .*got {tokens!r}"
+    ):
         filled(states, 2).rewind(tokens)
 
 
-def test_a_negative_depth_is_refused(states):
-    with pytest.raises(ValueError, match="StateHistory: depth must be at least 0, got -1"):
-        StateHistory(states[0], -1)
+@pytest.mark.parametrize("depth", [-1, "2", 1.5, True])
+def test_a_depth_that_is_no_count_is_refused(states, depth):
+    sentence = f"^StateHistory: depth must be a whole number of at least 0, got {depth!r}$"
+    with pytest.raises(ValueError, match=sentence):
+        StateHistory(states[0], depth)
+
+
+def test_what_is_no_state_is_refused(states):
+    with pytest.raises(ValueError, match="StateHistory: state must be a ModelState, got int"):
+        StateHistory(states[0], 2).push(3)

@@ -38,6 +38,7 @@ def test_published_sizes_take_changes():
     assert (config.d_model, config.n_layer, config.vocab_size) == (2560, 2, 50280)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -70,6 +70,7 @@ def test_where_nothing_goes_on_there_is_no_state(model):
     assert pack_documents(torch.randint(16, (2, 2)), starts, state).state is None
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("shape", "starts", "rows", "message"),
     [

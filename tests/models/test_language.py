@@ -174,6 +174,7 @@ def test_a_nan_in_one_sequence_does_not_reach_another():
     assert_close(logits[1:], model(tokens[1:], state[1]).logits)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -208,11 +209,13 @@ def test_a_state_of_another_batch_is_refused():
         make()(draw(b=3), make()(draw()).state)
 
 
+@pytest.mark.refuses
 def test_a_state_that_is_none_of_ours_is_refused():
     with pytest.raises(ValueError, match="state must be a ModelState or None, got tuple"):
         make()(draw(), make()(draw()).state.layers)
 
 
+@pytest.mark.refuses
 def test_an_unknown_backend_is_refused():
     model = MambaLM(MambaConfig(**SIZES), backend="quick")
     with pytest.raises(ValueError, match="backend must be one of"):
@@ -229,11 +232,12 @@ def test_the_backbone_works_alone():
 def test_generate_is_generations():
     model = make()
     prompt = draw(l=3)
-    tokens = model.generate(prompt, max_new_tokens=2, temperature=0)
+    tokens = model.generate(prompt, max_new_tokens=2, temperature=0.0)
     assert_close(tokens[:, :3], prompt)
     assert_close(tokens[:, 3], model(prompt).logits[:, -1, :21].argmax(-1))
 
 
+@pytest.mark.refuses
 def test_tokens_that_are_no_tensor_are_refused():
     with pytest.raises(ValueError, match="tokens must be a tensor, got list"):
         make()([[1, 2]])

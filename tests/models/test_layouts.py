@@ -1,6 +1,7 @@
 """Laws of the layouts: a config survives each, and what we cannot compute is refused."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -121,12 +122,19 @@ def test_only_what_differs_from_their_defaults_is_in_ssm_cfg():
     assert through(MAMBA_SSM, changed)[1]["ssm_cfg"] == {"d_state": 4, "conv_bias": False}
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"model_type": "llama"}, "model_type must be 'mamba' or 'falcon_mamba', got 'llama'"),
         ({"model_type": "mamba2"}, "model_type must be .*, got 'mamba2'"),
         ({"architectures": ["MambaModel"]}, "must hold a language model, got MambaModel"),
+        ({"architectures": 5}, "^architectures must be a list of names, got 5$"),
+        (
+            {"architectures": "MambaForCausalLM"},
+            "^architectures must be a list of names, got 'MambaForCausalLM'$",
+        ),
+        ({"architectures": [["MambaForCausalLM"]]}, r"must be a list of names, got \[\['Mamba"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config must be None"),
         ({"intermediate_size": 12}, "must be a multiple of hidden_size=8, got 12"),
@@ -166,6 +174,26 @@ def test_transformers_sizes_must_be_given():
 def test_foreign_mamba_ssm_configs_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         MAMBA_SSM.read_config(TINY_SSM | changes)
+
+
+words_of_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@given(data=st.data(), value=words_of_json)
+def test_whatever_a_key_says_is_read_or_refused(layout, data, value):
+    falcon = {"selection_norm_eps": 1e-6} if layout is HF else {}
+    values = layout.write_config(MambaConfig(8, 1, 16, **falcon), torch.float32)
+    changed = values | {data.draw(st.sampled_from(sorted(values))): value}
+    with suppress(ValueError):
+        assert isinstance(layout.read_config(changed), MambaConfig)
 
 
 @pytest.mark.parametrize("changes", [{"norm_eps": 1e-6}, {"selection_norm_eps": 1e-6}])

@@ -50,7 +50,10 @@ def test_its_tensors_have_the_promised_shapes(state):
         (-1, [2]),
         (slice(1, None), [1, 2]),
         (torch.tensor([2, 0, 0]), [2, 0, 0]),
+        (torch.tensor([2, -1], dtype=torch.int32), [2, 2]),
         (torch.tensor([True, False, True]), [0, 2]),
+        (torch.tensor(1), [1]),
+        (torch.tensor(-3, dtype=torch.int8), [0]),
     ],
 )
 def test_rows_can_be_taken(state, index, rows):
@@ -101,6 +104,29 @@ def test_a_list_gathers_rows_that_own_their_memory(state, index):
     assert 3 * taken.nbytes == len(index) * state.nbytes
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.tensor([[0]]),
+        torch.tensor([0.0]),
+        torch.tensor([True, False]),
+        torch.tensor([1, 0, 1], dtype=torch.uint8),  # to torch this is a mask
+    ],
+)
+def test_tensors_that_name_no_rows_are_refused(held, index):
+    for take in (lambda: held[index], lambda: held.with_rows(index, held)):
+        with pytest.raises(IndexError, match=r"True or False for each of 3, got .* of shape"):
+            take()
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize("index", [3, -4, True, 1.0])
+def test_a_tensor_without_axes_is_the_number_in_it(held, index):
+    with pytest.raises(IndexError, match=f"sequence {index} of 3 does not exist"):
+        held[torch.tensor(index)]
+
+
+@pytest.mark.refuses
 @pytest.mark.parametrize("index", [[0, 3], [-4], [True], [1.5], 1.5])
 def test_lists_of_rows_that_are_not_there_are_refused(state, index):
     with pytest.raises(IndexError, match="of 3 does not exist"):
@@ -159,6 +185,50 @@ def test_a_thousand_forks_hold_the_memory_of_one(state):
         assert_close(fork, old.expand(1000, -1, -1), rtol=0, atol=0)
 
 
+def test_forks_go_on_sharing_wherever_they_are_taken(state):
+    one = state[[1]]
+    forks = one.fork(1000)
+    for move in (
+        lambda s: s.to("meta"),
+        lambda s: s.to(dtype=torch.bfloat16),
+        lambda s: s[:700].to(dtype=torch.float64),
+        lambda s: s.to("cpu"),
+        copy.deepcopy,
+        lambda s: copy.deepcopy(s.detach()),
+    ):
+        moved, expected = move(forks), move(one)
+        assert moved.nbytes == expected.nbytes
+        for fork, old in zip(tensors(moved), tensors(expected), strict=True):
+            assert (fork.shape[1:], fork.dtype) == (old.shape[1:], old.dtype)
+            if fork.device.type != "meta":
+                assert torch.equal(fork, old.expand_as(fork))
+
+
+def test_gradients_go_through_forks_that_were_moved(state):
+    ssm = state.layers[0].ssm
+    weight = torch.randn(4, 16, 4, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad((forks.layers[0].ssm * weight).sum(), ssm)[0]
+        for forks in (
+            state[1].fork(4).to(dtype=torch.float64),
+            state.to(dtype=torch.float64)[1].fork(4),
+        )
+    ]
+    assert_close(*gradients)
+    assert gradients[0][1].abs().sum() > 0
+
+
+def test_a_deep_copy_has_the_numbers_and_the_gradients(state):
+    stacked = ModelState.stacked(*map(torch.stack, zip(*state.layers, strict=True)))
+    for kind in (state, stacked):
+        other = copy.deepcopy(kind)
+        for one, wanted in zip(tensors(other), tensors(kind), strict=True):
+            assert torch.equal(one, wanted)
+            assert one.data_ptr() != wanted.data_ptr()
+        (gradient,) = torch.autograd.grad(other.layers[1].ssm.sum(), state.layers[1].ssm)
+        assert (gradient == 1).all()
+
+
 def test_forks_go_on_each_for_itself():
     model = MambaLM(CONFIG)
     prefix, ends = torch.randint(20, (1, 5)), torch.randint(20, (4, 3))
@@ -170,6 +240,7 @@ def test_forks_go_on_each_for_itself():
     assert_close(model(prefix).state.layers[0].ssm, read.layers[0].ssm, rtol=0, atol=0)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
@@ -178,6 +249,9 @@ def test_forks_go_on_each_for_itself():
         (lambda s: s.with_rows([0, 1], s), "with_rows: other .* each place, 2, got 3"),
         (lambda s: s.with_rows([0], s.to(dtype=torch.float16)[0]), "of one model, dtype and"),
         (lambda _: ModelState.cat([]), "cat: states must be at least one, got none"),
+        (lambda s: ModelState.cat([s, 2]), "cat: each state must be a ModelState, got int"),
+        (lambda _: ModelState.cat(5), "cat: states must be a list of ModelStates, got int"),
+        (lambda s: s.with_rows(0, None), "with_rows: each state must be .*, got NoneType"),
         (
             lambda s: ModelState.cat([s, ModelState(s.layers[:1])]),
             r"got 2 layers.* and 1 layer",
@@ -215,6 +289,7 @@ class TestStacks:
         (gradient,) = torch.autograd.grad(held[[1, 1]].layers[0].ssm.sum(), state.layers[0].ssm)
         assert gradient[:, 0, 0].tolist() == [0, 2, 0]
 
+    @pytest.mark.refuses
     @pytest.mark.parametrize("shape", [(2, 3, 8, 4), (3, 2, 8, 4), (3, 3, 7, 4), (3, 8, 4)])
     def test_stacks_of_different_states_are_refused(self, shape):
         with pytest.raises(ValueError, match=r"^ModelState: stacks must be \(k, b, d, p\) and"):
@@ -227,6 +302,7 @@ class TestStacks:
         (gradient,) = torch.autograd.grad(held.layers[0].ssm.sum(), state.layers[0].ssm)
         assert (gradient == 1).all()
 
+    @pytest.mark.compiles
     def test_it_goes_through_copies_pytrees_and_the_compiler(self, held, state):
         copies = copy.copy(held), copy.deepcopy(held), pickle.loads(pickle.dumps(held))
         flat = pytree.tree_unflatten(*pytree.tree_flatten(held))

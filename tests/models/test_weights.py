@@ -40,6 +40,24 @@ def test_files_from_before_the_zip_format_are_read(tmp_path):
     same(read_tensors(path), TENSORS)
 
 
+@pytest.mark.parametrize(
+    ("odd", "kind"),
+    [
+        (TENSORS["a"].to_sparse, "one of layout sparse_coo"),
+        (lambda: TENSORS["a"].to("meta"), "one on meta, without values"),
+        (lambda: torch.nested.nested_tensor([TENSORS["b"]] * 2), "a nested one"),
+    ],
+    ids=["sparse", "meta", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_pickled_tensors_of_another_kind_are_named(tmp_path, odd, kind):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(TENSORS | {"odd": odd()}, path)
+    words = rf"dense tensors with their values, got {kind}: odd$"
+    with pytest.raises(ValueError, match=rf"^load: .*bin must hold {words}"):
+        read_tensors(path)
+
+
 def write_shards(folder, kind, tensors=TENSORS):
     weight_map = {}
     for i, (name, tensor) in enumerate(tensors.items()):

@@ -1,6 +1,7 @@
 """Laws of the mixer: what it computes, how it begins, what it remembers."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -255,21 +256,32 @@ def test_the_state_of_the_convolution_is_its_last_inputs():
     assert_close(expected, x[:, -2:].mT)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"d_model": 0}, "Mamba: d_model must be at least 1, got 0"),
+        ({"d_model": 0}, "Mamba: d_model must be a whole number of at least 1, got 0"),
         ({"d_state": 257}, "Mamba: d_state must be at most 256, got 257"),
-        ({"dt_rank": 0}, "Mamba: dt_rank must be at least 1, got 0"),
-        ({"dt_min": 0.2}, "Mamba: dt_min must be positive and at most dt_max, got 0.2 and 0.1"),
-        ({"dt_init_floor": 0.0}, "Mamba: dt_init_floor must be positive, got 0.0"),
+        ({"dt_rank": 0}, "Mamba: dt_rank must be a whole number of at least 1, got 0"),
+        ({"d_model": 16.5}, "Mamba: d_model must be a whole number of at least 1, got 16.5"),
+        ({"d_conv": True}, "Mamba: d_conv must be a whole number of at least 1, got True"),
+        ({"expand": "2"}, "Mamba: expand must be a whole number of at least 1, got '2'"),
+        ({"dt_rank": "big"}, "Mamba: dt_rank must be a whole number of at least 1, got 'big'"),
+        ({"dt_min": 0.2}, "Mamba: dt_min must be at most dt_max=0.1, got 0.2"),
+        ({"dt_min": 0}, "Mamba: dt_min must be a positive, finite number, got 0"),
+        ({"dt_max": None}, "Mamba: dt_max must be a positive, finite number, got None"),
+        (
+            {"dt_init_floor": float("nan")},
+            "Mamba: dt_init_floor must be a positive, finite number, got nan",
+        ),
     ],
 )
 def test_bad_sizes_are_named(sizes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Mamba(**{"d_model": 8} | sizes)
 
 
+@pytest.mark.refuses
 def test_a_state_of_another_size_is_refused():
     u = draw()
     _, state = make(d_state=4)(u)

@@ -21,7 +21,7 @@ def recompute(monkeypatch):
     """Say whether mixers recompute, whatever they would choose."""
 
     def say(yes):
-        monkeypatch.setattr(Mamba, "_recomputes", lambda self, xz: yes)
+        monkeypatch.setattr(Mamba, "_recomputes", lambda self, device: yes)
 
     return say
 
@@ -232,16 +232,12 @@ def test_another_models_state_is_refused(lean, part):
 
 
 def test_it_is_chosen_on_a_gpu_for_the_modules_own_projections_alone(device):
-    xz = torch.empty(0)
-    assert make()._recomputes(xz) is (device.type == "cuda")
-
-    class OnGPU:
-        device = torch.device("cuda")
-
+    gpu = torch.device("cuda")
+    assert make()._recomputes(device) is (device.type == "cuda")
     hooked, replaced = make(backend="fused"), make(backend="fused")
     hooked.x_proj.register_forward_hook(lambda *arguments: None)
     replaced.dt_proj = torch.nn.Linear(3, 3)
     for mixer in (hooked, replaced, make(selection_norm_eps=1e-6), make(backend="reference")):
-        assert not mixer._recomputes(OnGPU())
+        assert not mixer._recomputes(gpu)
     with torch.no_grad():
-        assert not make(backend="fused")._recomputes(OnGPU())
+        assert not make(backend="fused")._recomputes(gpu)

@@ -54,5 +54,5 @@ def test_short_dtypes_are_normalised_in_float32(dtype):
 @pytest.mark.refuses
 @pytest.mark.parametrize("eps", [0.0, -1.0])
 def test_eps_must_be_positive(eps):
-    with pytest.raises(ValueError, match="selection_norm_eps must be positive"):
+    with pytest.raises(ValueError, match="selection_norm_eps must be a positive"):
         Mamba(16, selection_norm_eps=eps)

@@ -1,7 +1,8 @@
 """Batches of tokens from one long text, in an order that a seed fixes and a resume keeps."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from numbers import Integral
+from typing import NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -49,6 +50,10 @@ def find_starts(
     return torch.from_numpy(starts)
 
 
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 class Batches(Protocol):
     """An endless source of batches whose place is a small value."""
 
@@ -86,9 +91,15 @@ class _Epochs(ABC):
         documents: NDArray[np.int64] | None = None,
     ) -> None:
         kind = type(self).__name__
-        for argument, value in (("batch_size", batch_size), ("length", length)):
-            if value < 1:
-                raise ValueError(f"{kind}: {argument} must be at least 1, got {value}")
+        for argument, value, least in (
+            ("batch_size", batch_size, 1), ("length", length, 1), ("seed", seed, 0)
+        ):  # fmt: skip
+            if not _is_whole(value) or value < least:
+                raise ValueError(
+                    f"{kind}: {argument} must be a whole number of at least {least}, "
+                    f"got {value!r}"
+                )
+        batch_size, length, seed = int(batch_size), int(length), int(seed)
         if documents is not None and (
             [*documents[:1], *documents[-1:]] != [0, len(tokens)]
             or np.any(documents[1:] < documents[:-1])
@@ -155,7 +166,11 @@ class _Epochs(ABC):
             ValueError: There is no such place.
         """
         kind = type(self).__name__
-        if place.keys() != {"epoch", "position"} or min(place.values()) < 0:
+        if (
+            not isinstance(place, dict)
+            or place.keys() != {"epoch", "position"}
+            or not all(_is_whole(number) and number >= 0 for number in place.values())
+        ):
             raise ValueError(
                 f"{kind}: a place must be an epoch and a position, each at least 0, got {place}"
             )
@@ -186,8 +201,9 @@ class PackedBatches(_Epochs):
             another. ``None`` makes one text of them all.
 
     Raises:
-        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, a size is
-            below 1, or ``documents`` are no boundaries of the text or leave no target.
+        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, a size is no
+            whole number of at least 1 or the seed none of at least 0, or ``documents`` are no
+            boundaries of the text or leave no target.
 
     Example:
         >>> batches = PackedBatches(np.arange(100), batch_size=2, length=8, seed=0)
@@ -239,8 +255,9 @@ class ContinuingBatches(_Epochs):
         documents: As in ``PackedBatches``.
 
     Raises:
-        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, a size is
-            below 1, or ``documents`` are no boundaries of the text or leave no target.
+        ValueError: The text is shorter than ``batch_size * length + 1`` tokens, a size is no
+            whole number of at least 1 or the seed none of at least 0, or ``documents`` are no
+            boundaries of the text or leave no target.
 
     Example:
         >>> batches = ContinuingBatches(np.arange(100), batch_size=2, length=8, seed=0)

@@ -2,10 +2,11 @@
 
 import difflib
 import json
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ KINDS = ("byte", "character")
 """The tokenizers that need no file."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What training, generation and evaluation ask of a tokenizer.
 
@@ -34,11 +36,11 @@ class Tokenizer(Protocol):
         """Turn text, or the bytes of a UTF-8 file, into token ids ``(k,)`` int64."""
         ...
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | Ids) -> bytes:
         """Turn token ids back into bytes, which may stop in the middle of a character."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Ids) -> str:
         """Turn token ids back into text; bytes that are not UTF-8 become U+FFFD."""
         ...
 
@@ -71,10 +73,13 @@ def _as_bytes(text: str | bytes, name: str) -> bytes:
         ) from error
 
 
-def _check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
-    for i in ids:
+def _checked(ids: Sequence[int] | Ids, vocab_size: int, name: str) -> list[int]:
+    """Return ids as Python's numbers, which an array does not hold."""
+    whole = list(map(operator.index, ids))
+    for i in whole:
         if not 0 <= i < vocab_size:
             raise ValueError(f"{name} tokenizer: ids must be in [0, {vocab_size}), got {i}")
+    return whole
 
 
 class ByteTokenizer:
@@ -84,7 +89,7 @@ class ByteTokenizer:
         >>> tokenizer = ByteTokenizer()
         >>> tokenizer.encode("né").tolist()
         [110, 195, 169]
-        >>> tokenizer.decode([110, 195, 169])
+        >>> tokenizer.decode(tokenizer.encode("né"))
         'né'
     """
 
@@ -95,11 +100,10 @@ class ByteTokenizer:
     def encode(self, text: str | bytes) -> Ids:
         return np.frombuffer(_as_bytes(text, self.name), dtype=np.uint8).astype(np.int64)
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        _check_ids(ids, self.vocab_size, self.name)
-        return bytes(ids)
+    def decode_bytes(self, ids: Sequence[int] | Ids) -> bytes:
+        return bytes(_checked(ids, self.vocab_size, self.name))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Ids) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
@@ -119,7 +123,7 @@ class CharacterTokenizer:
         >>> tokenizer = CharacterTokenizer("to be or not")
         >>> tokenizer.vocab_size
         7
-        >>> tokenizer.decode(tokenizer.encode("boot").tolist())
+        >>> tokenizer.decode(tokenizer.encode("boot"))
         'boot'
     """
 
@@ -134,7 +138,7 @@ class CharacterTokenizer:
         self._code_points = np.array([ord(c) for c in self.characters], dtype=np.uint32)
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str | bytes]) -> Self:
+    def from_texts(cls, texts: Iterable[str | bytes]) -> "CharacterTokenizer":
         """Collect the alphabet of all ``texts``; bytes must be UTF-8 (else ValueError)."""
         seen: set[str] = set()
         for text in texts:
@@ -155,11 +159,11 @@ class CharacterTokenizer:
             )
         return ids.astype(np.int64)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        _check_ids(ids, self.vocab_size, self.name)
-        return "".join(self.characters[i] for i in ids)
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        known = _checked(ids, self.vocab_size, self.name)
+        return "".join(self.characters[i] for i in known)
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | Ids) -> bytes:
         return self.decode(ids).encode("utf-8", "surrogatepass")
 
     def to_json(self) -> str:
@@ -239,17 +243,16 @@ class JsonTokenizer:
             ) from error
         return np.array(encoding.ids, dtype=np.int64)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        _check_ids(ids, self.vocab_size, self.name)
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        known = _checked(ids, self.vocab_size, self.name)
+        return self._tokenizer.decode(known, skip_special_tokens=False)
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | Ids) -> bytes:
         if self._bytes is None:
             return self.decode(ids).encode("utf-8")
-        _check_ids(ids, self.vocab_size, self.name)
         pieces = []
-        for i in ids:
-            token = self._tokenizer.id_to_token(int(i))
+        for i in _checked(ids, self.vocab_size, self.name):
+            token = self._tokenizer.id_to_token(i)
             if token is None:  # a gap of the vocabulary decodes to nothing, as in decode
                 continue
             if i in self._special or any(c not in self._bytes for c in token):

@@ -132,7 +132,7 @@ def evaluate_tokens(
                 ignore_index=NO_TARGET,
                 reduction="none",
             )
-            nats += losses.double().sum().cpu()
+            nats += losses.cpu().double().sum()  # not every device has float64
     finally:
         model.train(was_training)
     if not scored:

@@ -1,5 +1,6 @@
 """Beam search: the most probable continuations, as far as a beam of fixed width sees."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -14,10 +15,20 @@ from mambakit.models import MambaLM, ModelState
 from .bookmark import Bookmark
 from .completions import Completions
 from .cpu_step import Weights
-from .engine import LogitsProcessor, Plan, is_scored, require_scored
-from .prompts import as_rows, begin, read
-from .sampling import SamplingRules, is_whole
-from .settings import check_count, check_tokenizer, check_weights, choosable
+from .engine import LogitsProcessor, Plan, require_scored, unscored
+from .prompts import Rows, as_rows, begin, read
+from .sampling import SamplingRules, exact_device, is_whole
+from .settings import (
+    already_written,
+    begin_texts,
+    check_count,
+    check_model,
+    check_tokenizer,
+    check_weights,
+    checked_processors,
+    choosable,
+    last_tokens,
+)
 from .stepping import Step, stepper
 from .stopping import FinishReason, end_tokens
 from .text_stream import TextStream
@@ -46,8 +57,8 @@ def beam_search(
 
     At each length the ``beams`` most probable continuations that have not ended are followed,
     and each of them that can end is compared by its score. The search for a prompt is over when
-    no continuation can enter the best any more. What is not followed is lost; otherwise the
-    result is exact.
+    no continuation can enter the best any more. What is not followed is lost, as is one that
+    the processors leave no token for; otherwise the result is exact.
 
     Args:
         model: The language model.
@@ -69,7 +80,7 @@ def beam_search(
 
     Raises:
         ValueError: A setting breaks its rule, a prompt is empty, a token is outside the
-            vocabulary, or the logits are no numbers.
+            vocabulary, the logits are no numbers, or no continuation of a prompt is left.
         RuntimeError: As ``generate``.
 
     Example:
@@ -80,8 +91,9 @@ def beam_search(
         >>> found.scores[0] >= found.scores[1]
         True
     """
-    rows = None if prompts is None else as_rows(model, prompts, tokenizer)
-    rows, before = begin(model, rows, state)
+    check_model(model)
+    asked = None if prompts is None else as_rows(model, prompts, tokenizer)
+    rows, before = begin(model, asked, state)
     check_count("max_new_tokens", max_new_tokens, 1)
     check_count("beams", beams, 1)
     if not is_whole(best) or not 1 <= best <= beams:
@@ -99,7 +111,7 @@ def beam_search(
         max_new_tokens,
         SamplingRules(temperature=0),
         choosable(model, vocab_size, tokenizer),
-        tuple(logits_processors),
+        checked_processors(logits_processors),
     )
     # of an id that cannot be chosen there is no score
     ends = [
@@ -111,7 +123,11 @@ def beam_search(
         for row, end in zip(rows, ends, strict=True)
     ]
     _run(model, stepper(model, weights), searches, before, plan)
-    return _collect(searches, tokenizer, model.device)
+    written = already_written(asked, state, len(rows))
+    last, texts = last_tokens(rows, state), None
+    if tokenizer is not None:
+        texts = begin_texts(tokenizer, [()] * len(rows), prompts, last, written)
+    return _collect(searches, texts, last, written)
 
 
 @dataclass(frozen=True)
@@ -215,12 +231,19 @@ def _run(
                 for beam in search.alive
             ]
         scores = plan.scores(logits, texts)
-        require_scored(is_scored(scores), owners)
-        log_p = scores.double().log_softmax(dim=-1)
+        highest = scores.amax(dim=-1)
+        dead = highest == -torch.inf  # no token may follow
+        require_scored(dead | highest.isfinite(), owners)
+        scores = scores.to(exact_device(scores.device)).double()
+        log_p = scores.log_softmax(dim=-1).masked_fill(
+            dead.to(scores.device)[:, None], -torch.inf
+        )
         keep, start = [], 0
-        for _, search in going:
+        for i, search in going:
             stop = start + len(search.alive)
             parents = search.advance(log_p[start:stop], state[start:stop])
+            if not search.alive and not search.ended:
+                raise unscored(i)
             keep += [start + parent for parent in parents]
             start = stop
         going = [(i, search) for i, search in going if search.alive]
@@ -231,32 +254,41 @@ def _run(
 
 
 def _collect(
-    searches: Sequence[_Search], tokenizer: Tokenizer | None, device: torch.device
+    searches: Sequence[_Search],
+    texts: Sequence[TextStream] | None,
+    last: Rows,
+    written: Sequence[int],
 ) -> Completions:
     rows = [each for search in searches for each in search.ended]
+    owners = [i for i, search in enumerate(searches) for _ in search.ended]
+    device = last[0].device
     tokens = [torch.tensor(beam.tokens, device=device) for _, beam, _, _ in rows]
-    texts = None
-    if tokenizer is not None:
-        texts = tuple(
-            _text(tokenizer, beam.tokens, reason == "stop_token") for _, beam, reason, _ in rows
-        )
+    pairs = list(zip(owners, rows, strict=True))
     return Completions(
         tokens=tuple(tokens),
         log_probabilities=tuple(
             torch.tensor(beam.log_probabilities, device=device) for _, beam, _, _ in rows
         ),
         finish_reasons=tuple(reason for _, _, reason, _ in rows),
-        texts=texts,
+        texts=None
+        if texts is None
+        else tuple(_text(texts[i], beam.tokens, reason) for i, (_, beam, reason, _) in pairs),
         alternatives=None,
-        bookmark=Bookmark(
+        bookmark=Bookmark.of_texts(
             ModelState.cat([state for *_, state in rows]),
-            torch.stack([row[-1:] for row in tokens]),
+            [torch.cat([last[i], new]) for i, new in zip(owners, tokens, strict=True)],
+            [
+                written[i] + len(beam.tokens) if reason == "length" else 0
+                for i, (_, beam, reason, _) in pairs
+            ],
         ),
         scores=tuple(score for score, *_ in rows),
     )
 
 
-def _text(tokenizer: Tokenizer, tokens: Sequence[int], ended: bool) -> str:
-    text = TextStream(tokenizer)
-    pieces = [text.push(token) for token in (tokens[:-1] if ended else tokens)]
-    return "".join([*pieces, text.finish()])
+def _text(begun: TextStream, tokens: Sequence[int], reason: FinishReason) -> str:
+    """Return the text of tokens; of one that ended by its length, as ``Stopping`` does."""
+    text = copy.copy(begun)
+    if reason == "length":
+        return "".join([*map(text.push, tokens), text.pause()])
+    return "".join([*map(text.push, tokens[:-1]), text.finish()])

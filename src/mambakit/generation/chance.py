@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .sampling import is_whole
+from .sampling import exact_device, is_whole
 
 _BLOCK = 64
 
@@ -21,7 +21,7 @@ class RowChance:
 
     Args:
         keys: A seed of 64 bits and a number for each row.
-        device: Where the numbers are wanted.
+        device: Where the numbers are wanted; they are given on ``exact_device`` of it.
 
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
 
@@ -35,8 +35,8 @@ class RowChance:
     def __init__(self, keys: Sequence[tuple[int, int]], device: torch.device | str) -> None:
         words = np.array(keys, dtype=np.uint64)  # of Python's, NumPy makes floating point
         self._rows = [np.random.Generator(np.random.Philox(key=key)) for key in words]
-        self._device = device
-        self._block = torch.empty(len(keys), 0, device=device)
+        self._device = exact_device(torch.device(device))
+        self._block = torch.empty(len(keys), 0, device=self._device)
         self._used = 0
 
     def draw(self) -> Float[Tensor, " b"]:
@@ -64,8 +64,12 @@ def row_keys(
 
     Raises:
         ValueError: A seed is no whole number of 64 bits, there are more or fewer than prompts,
-            or a generator is given too.
+            or a generator is given too or is none.
     """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generate: generator must be a torch.Generator or None, got {generator!r}"
+        )
     if seed is None:
         where = "cpu" if generator is None else generator.device
         drawn = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=where)

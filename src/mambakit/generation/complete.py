@@ -32,7 +32,7 @@ def complete(
     logits_processors: Sequence[LogitsProcessor] = (),
     vocab_size: int | None = None,
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     tokenizer: Tokenizer | None = None,
     on_text: OnText | None = None,
     seed: int | Sequence[int] | None = None,
@@ -66,11 +66,13 @@ def complete(
         stop_tokens: A row ends with the first of these it produces. A list of lists has one for
             each prompt.
         stop: A row ends with the first of these strings to appear in its text, which ends
-            before it. Needs a tokenizer.
+            before it: one string or several for all, or a list of such, one for each prompt.
+            Needs a tokenizer.
         tokenizer: Makes the texts, and reads prompts that are texts.
         on_text: Called with a row and a piece of its text, as soon as the piece is certain.
         seed: As in ``generate``: one stream for each row, or with a list, for each sample of
-            each prompt.
+            each prompt. It begins anew with each call, also with one that goes on from a
+            bookmark: to be sure of other chance there, give another seed.
         generator: As in ``generate``.
         state: What comes before the prompts: a model's state of one sequence for each, or the
             bookmark of earlier completions. ``state.fork(k)`` begins k prompts from one.
@@ -84,6 +86,9 @@ def complete(
 
     Returns:
         The rows' tokens, texts, log-probabilities, finish reasons and places to go on from.
+        A text is what the new tokens add to that of the tokens before them. Where its length
+        ended it within a character, that is left out; it comes whole with the tokens after the
+        bookmark.
 
     Raises:
         ValueError: As ``generate``.
@@ -128,10 +133,11 @@ def complete(
         keep_states=True,
     )
     columns = by_row(list(run.decoder), run.rows, alternatives, model.device)
-    prompts_last = [row[-1:] for row in run.prompts for _ in range(samples)]
-    unread = [
-        torch.cat([last, new])[-1:]
-        for last, new in zip(prompts_last, columns.tokens, strict=True)
+    reasons = tuple(run.decoder.reasons[row] for row in range(run.rows))
+    whole = [torch.cat(pair) for pair in zip(run.before, columns.tokens, strict=True)]
+    written = [
+        before + len(new) if reason == "length" else 0
+        for before, new, reason in zip(run.written, columns.tokens, reasons, strict=True)
     ]
     acceptance = None
     if isinstance(run.decoder, Speculation) and run.decoder.proposed:
@@ -139,9 +145,9 @@ def complete(
     return Completions(
         tokens=columns.tokens,
         log_probabilities=columns.log_probabilities,
-        finish_reasons=tuple(run.decoder.reasons[row] for row in range(run.rows)),
+        finish_reasons=reasons,
         texts=None if tokenizer is None else tuple(run.stopping.written),
         alternatives=columns.alternatives,
-        bookmark=Bookmark(gather_states(run.decoder.states), torch.stack(unread)),
+        bookmark=Bookmark.of_texts(gather_states(run.decoder.states), whole, written),
         acceptance=acceptance,
     )

@@ -23,8 +23,8 @@ class Completions:
         log_probabilities: Of each row's tokens: the logarithm of the probability that the model
             gives them, among the ids that can be chosen, before processors and rules.
         finish_reasons: Why each row ended: ``"length"``, ``"stop_token"`` or ``"stop_string"``.
-        texts: The text of each row's tokens, without the end token or stop string; ``None``
-            where there was no tokenizer.
+        texts: What each row's tokens add to the text before them, without the end token or stop
+            string; ``None`` where there was no tokenizer.
         alternatives: The likeliest tokens at each place of each row; ``None`` if not asked for.
         bookmark: Where each row was left, to go on from there.
         scores: What beam search ranks by; ``None`` otherwise.

@@ -62,7 +62,8 @@ class Plan:
 
     def scores(self, logits: Tensor, texts: list[Tensor]) -> Float[Tensor, "b v"]:
         """Return the logits of the ids that can be chosen, processed, in float32."""
-        scores = logits[:, : self.vocab_size].float()
+        # a copy for processors, which may write into what they are given
+        scores = logits[:, : self.vocab_size].to(torch.float32, copy=bool(self.processors))
         for processor in self.processors:
             shape = scores.shape
             scores = processor(scores, texts)
@@ -104,12 +105,16 @@ def require_scored(fine: Bool[Tensor, " b"], rows: Sequence[int]) -> None:
         ValueError: One of ``rows`` is not ``fine``.
     """
     if not fine.all():
-        row = rows[int(fine.int().argmin())]
-        raise ValueError(
-            "generate: logits must be numbers and allow at least one token, got NaN, infinity "
-            f"or no token in row {row}: look at the model's weights, the logits processors and "
-            "the repetition penalty"
-        )
+        raise unscored(rows[int(fine.int().argmin())])
+
+
+def unscored(row: int) -> ValueError:
+    """Return what to raise for a row that no token can be chosen for."""
+    return ValueError(
+        "generate: logits must be numbers and allow at least one token, got NaN, infinity "
+        f"or no token in row {row}: look at the model's weights, the logits processors and "
+        "the repetition penalty"
+    )
 
 
 def _send_here(*numbers: Tensor) -> Callable[[], list[Tensor]]:
@@ -271,9 +276,10 @@ class Decoding:
     ) -> None:
         """Note why some of the rows have ended, and keep their states."""
         ended = [i for i, reason in enumerate(reasons) if reason is not None]
-        for i in ended:
-            self._stopping.close(rows[i])
-        self.reasons |= {rows[i]: reason for i in ended if (reason := reasons[i])}
+        for row, reason in zip(rows, reasons, strict=True):
+            if reason is not None:
+                self._stopping.close(row, reason)
+                self.reasons[row] = reason
         if self._keep_states:
             left = state if len(ended) == len(rows) else state[ended]
             self.states.append(([rows[i] for i in ended], left))

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from mambakit.models import ModelState
 
+from .sampling import is_whole
+
 
 @dataclass(frozen=True, eq=False)
 class StateHistory:
@@ -19,7 +21,7 @@ class StateHistory:
         older: The states before that, oldest first.
 
     Raises:
-        ValueError: ``depth`` is negative.
+        ValueError: ``depth`` is negative or no whole number, or a state is none.
 
     Example:
         >>> import torch
@@ -38,15 +40,26 @@ class StateHistory:
     older: tuple[ModelState, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.depth < 0:
-            raise ValueError(f"StateHistory: depth must be at least 0, got {self.depth}")
+        if not is_whole(self.depth) or self.depth < 0:
+            raise ValueError(
+                f"StateHistory: depth must be a whole number of at least 0, got {self.depth!r}"
+            )
+        for state in (self.state, *self.older):
+            if not isinstance(state, ModelState):
+                raise ValueError(
+                    f"StateHistory: state must be a ModelState, got {type(state).__name__}"
+                )
 
     def __len__(self) -> int:
         """Return how many tokens it can go back now."""
         return len(self.older)
 
     def push(self, state: ModelState) -> "StateHistory":
-        """Return the history with the state after one more token; the oldest may fall out."""
+        """Return the history with the state after one more token; the oldest may fall out.
+
+        Raises:
+            ValueError: ``state`` is no state.
+        """
         older = (*self.older, self.state)
         return StateHistory(state, self.depth, older=older[max(0, len(older) - self.depth) :])
 
@@ -56,10 +69,10 @@ class StateHistory:
         Raises:
             ValueError: It does not reach back so far.
         """
-        if not 0 <= tokens <= len(self.older):
+        if not is_whole(tokens) or not 0 <= tokens <= len(self.older):
             raise ValueError(
                 f"rewind: tokens must be from 0 to {len(self.older)}, which is how far this "
-                f"history reaches back, got {tokens}"
+                f"history reaches back, got {tokens!r}"
             )
         states = (*self.older, self.state)
         states = states[: len(states) - tokens]

@@ -263,6 +263,23 @@ class SamplingRules:
         return Choice(pick(odds, u), best[:, 0])
 
 
+_WITHOUT_FLOAT64 = {"mps"}
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Return where to compute in float64: the device itself, or the CPU where it cannot.
+
+    Example:
+        >>> exact_device(torch.device("cuda", 1)), exact_device(torch.device("mps"))
+        (device(type='cuda', index=1), device(type='cpu'))
+    """
+    without = device.type in _WITHOUT_FLOAT64 or (
+        # some of these have it
+        device.type == "xpu" and not torch.xpu.get_device_capability(device)["has_fp64"]
+    )
+    return torch.device("cpu") if without else device
+
+
 def pick(odds: Float[Tensor, "b v"], u: Float[Tensor, " b"] | None = None) -> Int[Tensor, " b"]:
     """Draw one token for each row, with probabilities in the ratio of ``odds``.
 
@@ -270,19 +287,23 @@ def pick(odds: Float[Tensor, "b v"], u: Float[Tensor, " b"] | None = None) -> In
 
     Args:
         odds: From 0 to 1, and not all 0 in a row; they need not add up to 1.
-        u: Chance, one uniform number of [0, 1) for each row, float64; ``None`` asks torch.
+        u: Chance, one uniform number of [0, 1) for each row, float64, on ``exact_device`` of
+            the odds; ``None`` asks torch.
 
     Example:
         >>> odds = torch.tensor([[0.5, 0.0, 0.5]])
         >>> [pick(odds, torch.tensor([u]).double()).item() for u in (0.0, 0.49, 0.5, 0.99)]
         [0, 0, 2, 2]
     """
+    device, exact = odds.device, exact_device(odds.device)
+    odds = odds.to(exact)
     if u is None:
-        u = torch.rand(len(odds), dtype=torch.float64, device=odds.device)
+        u = torch.rand(len(odds), dtype=torch.float64, device=exact)
     # Whole numbers add up to the same sum in any order, so that the same chance gives the same
     # token on every run, also on a GPU. What this rounds away is below 1e-12.
     upto = (odds * 2.0**40).long().cumsum(dim=-1)
     total = upto[:, -1:]
     aim = (u[:, None] * total).long().minimum(total - 1)
     # a row of no numbers is refused by those who look, and until then must be some token
-    return torch.searchsorted(upto, aim, right=True)[:, 0].clamp(max=odds.shape[-1] - 1)
+    tokens = torch.searchsorted(upto, aim, right=True)[:, 0].clamp(max=odds.shape[-1] - 1)
+    return tokens.to(device)

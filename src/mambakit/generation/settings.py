@@ -1,6 +1,8 @@
 """Checks of what callers ask for, and its assembly into a decoder."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple, get_args
 
 import torch
@@ -10,25 +12,38 @@ from torch import Tensor
 from mambakit.data import Tokenizer
 from mambakit.models import MambaLM, ModelState
 
-from .bookmark import Bookmark
+from .bookmark import REMEMBERED, Bookmark
 from .chance import row_keys
 from .cpu_step import Weights
 from .engine import Decoding, LogitsProcessor, Plan
 from .prompts import Rows, as_rows, begin
 from .sampling import SamplingRules, is_whole
 from .speculative import Speculation
-from .stopping import OnText, Stopping, end_tokens
+from .stopping import OnText, Stopping, end_tokens, stop_strings
 from .text_stream import TextStream
 
 
 class Run(NamedTuple):
-    """A decoder that is ready to start, and what it was made from."""
+    """A decoder that is ready to start, and what it was made from.
+
+    Attributes:
+        decoder: Yields the tokens.
+        stopping: Holds the texts.
+        plan: What is to be done.
+        before: The last tokens before each row's first new one, as many as a bookmark keeps.
+        written: How many of those belong to the same text as the new ones.
+    """
 
     decoder: Decoding | Speculation
     stopping: Stopping
     plan: Plan
-    prompts: Rows
-    rows: int
+    before: Rows
+    written: list[int]
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.before)
 
 
 def prepare(
@@ -45,7 +60,7 @@ def prepare(
     logits_processors: Sequence[LogitsProcessor] = (),
     vocab_size: int | None = None,
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     tokenizer: Tokenizer | None = None,
     on_text: OnText | None = None,
     seed: int | Sequence[int] | None = None,
@@ -64,9 +79,10 @@ def prepare(
         ValueError: As ``complete``.
         RuntimeError: As ``complete``.
     """
+    check_model(model)
     rules = SamplingRules(temperature, top_k, top_p, min_p, repetition_penalty)
-    rows = None if prompts is None else as_rows(model, prompts, tokenizer)
-    rows, before = begin(model, rows, state)
+    asked = None if prompts is None else as_rows(model, prompts, tokenizer)
+    rows, before = begin(model, asked, state)
     check_count("max_new_tokens", max_new_tokens, 0)
     check_count("samples", samples, 1)
     if samples > 1 and rules.greedy:
@@ -76,8 +92,11 @@ def prepare(
         )
     check_weights(weights)
     check_tokenizer(tokenizer)
-    if tokenizer is None and (stop or on_text is not None):
+    stops = stop_strings(stop, len(rows))
+    if tokenizer is None and (any(stops) or on_text is not None):
         raise ValueError("generate: tokenizer must be given with stop or on_text")
+    if on_text is not None and not callable(on_text):
+        raise ValueError(f"generate: on_text must be a function, got {on_text!r}")
     vocab_size = choosable(model, vocab_size, tokenizer)
     check_count("alternatives", alternatives, 0)
     if alternatives > vocab_size:
@@ -85,20 +104,15 @@ def prepare(
             f"generate: alternatives must be at most the {vocab_size} ids that can be chosen, "
             f"got {alternatives}"
         )
-    for processor in logits_processors:
-        if not callable(processor):
-            raise ValueError(
-                f"generate: logits_processors must be a list of functions, got {processor!r}"
-            )
-    plan = Plan(
-        max_new_tokens, rules, vocab_size, tuple(logits_processors), score, alternatives
-    )
-    count = len(rows) * samples
+    processors = checked_processors(logits_processors)
+    plan = Plan(max_new_tokens, rules, vocab_size, processors, score, alternatives)
     ends = [end for end in end_tokens(model, stop_tokens, len(rows)) for _ in range(samples)]
-    texts = None
+    texts, written = None, already_written(asked, state, len(rows))
+    last = last_tokens(rows, state)
     if tokenizer is not None:
-        texts = [TextStream(tokenizer, stop) for _ in range(count)]
-    stopping = Stopping(ends, texts, on_text)
+        streams = begin_texts(tokenizer, stops, prompts, last, written)
+        texts = [copy.copy(stream) for stream in streams for _ in range(samples)]
+    stopping = Stopping(ends, texts, on_text, goes_on=keep_states)
     keys = row_keys(seed, generator, len(rows), samples)
     what = (rows, before, samples, plan, keys, stopping)
     decoder: Decoding | Speculation
@@ -108,7 +122,82 @@ def prepare(
         decoder = Speculation(
             model, draft, draft_tokens, *what, weights=weights, keep_states=keep_states
         )
-    return Run(decoder, stopping, plan, rows, count)
+    return Run(
+        decoder,
+        stopping,
+        plan,
+        [row for row in last for _ in range(samples)],
+        [one for one in written for _ in range(samples)],
+    )
+
+
+def last_tokens(rows: Rows, state: ModelState | Bookmark | None) -> Rows:
+    """Return the last tokens before what is to be written, as far as they are known."""
+    if isinstance(state, Bookmark):
+        rows = [
+            torch.cat([known.to(row.device), row])
+            for known, row in zip(state.remembered(), rows, strict=True)
+        ]
+    return [row[-1 - REMEMBERED :] for row in rows]
+
+
+def already_written(
+    prompts: Rows | None, state: ModelState | Bookmark | None, rows: int
+) -> list[int]:
+    """Return how many of the last tokens belong to each text that is to go on.
+
+    After a prompt a new text begins.
+    """
+    if not isinstance(state, Bookmark) or state.written is None:
+        return [0] * rows
+    before = state.written.tolist()
+    if prompts is None:
+        return before
+    return [0 if len(prompt) else count for prompt, count in zip(prompts, before, strict=True)]
+
+
+def begin_texts(
+    tokenizer: Tokenizer,
+    stops: Sequence[tuple[str, ...]],
+    prompts: Sequence[object] | Tensor | None,
+    last: Rows,
+    written: Sequence[int],
+) -> list[TextStream]:
+    """Return the texts that come after the ``last`` tokens, one for each prompt."""
+    # what a text ends with is a whole character; tokens may have begun one
+    texts = [None] * len(last) if prompts is None or isinstance(prompts, Tensor) else prompts
+    whole = [isinstance(text, str) and text != "" for text in texts]
+    every = iter(torch.cat(last).tolist())  # all at once, since a GPU has to be waited for
+    before = [list(islice(every, len(row))) for row in last]
+    return [
+        TextStream(tokenizer, stop, before=tokens, written=count, whole=known)
+        for stop, tokens, count, known in zip(stops, before, written, whole, strict=True)
+    ]
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no language model, compiled or not."""
+    if not isinstance(getattr(model, "_orig_mod", model), MambaLM):
+        raise ValueError(f"generate: model must be a MambaLM, got {type(model).__name__}")
+
+
+def checked_processors(processors: object) -> tuple[LogitsProcessor, ...]:
+    """Return logits processors as a tuple.
+
+    Raises:
+        ValueError: They are no list of functions.
+    """
+    if not isinstance(processors, Iterable):
+        raise ValueError(
+            f"generate: logits_processors must be a list of functions, got {processors!r}"
+        )
+    several = tuple(processors)
+    for processor in several:
+        if not callable(processor):
+            raise ValueError(
+                f"generate: logits_processors must be a list of functions, got {processor!r}"
+            )
+    return several
 
 
 def check_count(name: str, value: object, least: int) -> None:

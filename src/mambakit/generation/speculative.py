@@ -13,7 +13,7 @@ from .cpu_step import Weights
 from .engine import Chosen, Plan, is_scored, mark_seen, require_scored
 from .history import StateHistory
 from .prompts import Rows
-from .sampling import SamplingRules, is_whole, pick
+from .sampling import SamplingRules, exact_device, is_whole, pick
 from .stepping import reader, stepper
 from .stopping import FinishReason, Stopping
 
@@ -170,10 +170,10 @@ class Speculation:
             logits = logits[0, -k - 1 :]
             p = self._probabilities(row, logits, text, proposed)
             u = torch.cat([chance.draw() for _ in range(k + 1)])
-            j, last = judge(p, q, proposed, u)
+            j, last = judge(p, q, proposed.to(p.device), u)
             self.proposed, self.accepted = self.proposed + k, self.accepted + j
 
-            new = torch.cat([proposed[:j], last[None]])
+            new = torch.cat([proposed[:j], last[None].to(proposed.device)])
             count, reason = self._look(row, new)
             new, left = new[:count], left - count
             if reason is None and not left:
@@ -195,7 +195,7 @@ class Speculation:
                 # draft has never been asked what follows
                 unguessed = torch.cat([unguessed, new])[-2:] if j == k else new[-1:]
             unrounded = False
-        self._stopping.close(row)
+        self._stopping.close(row, reason)
         self.reasons[row] = reason
         if self._keep_states:
             self.states.append(([row], state))
@@ -211,7 +211,8 @@ class Speculation:
     ) -> tuple[Int[Tensor, " k"], Float[Tensor, "k v"], StateHistory]:
         """Draw ``k`` tokens from the draft; keep its states to go back to."""
         proposed, history = unread[:0], StateHistory(state, depth=k)
-        probabilities = [torch.empty(0, self._plan.vocab_size, device=text.device)]
+        nothing = torch.empty(0, self._plan.vocab_size, device=exact_device(text.device))
+        probabilities = [nothing]
         for _ in range(k):
             if len(unread) == 1:
                 logits, state = self._guess(unread, state)
@@ -221,7 +222,7 @@ class Speculation:
             history = history.push(state)
             whole = torch.cat([text, proposed])
             q = self._probabilities(row, logits.flatten(0, -2), whole, unread[:0])
-            unread = pick(q, chance.draw())
+            unread = pick(q, chance.draw()).to(text.device)
             proposed = torch.cat([proposed, unread])
             probabilities.append(q)
         return proposed, torch.cat(probabilities), history
@@ -253,7 +254,8 @@ class Speculation:
 def _probabilities(
     rules: SamplingRules, scores: Tensor, seen: Tensor | None
 ) -> Float[Tensor, "b v"]:
-    scores = rules.apply(scores, seen).double()
+    scores = rules.apply(scores, seen)
+    scores = scores.to(exact_device(scores.device)).double()
     if rules.greedy:
         return torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1)
     return scores.softmax(dim=-1)

@@ -6,7 +6,7 @@ from typing import Literal
 from mambakit.models import MambaLM
 
 from .sampling import is_whole
-from .text_stream import TextStream
+from .text_stream import TextStream, checked_strings
 
 FinishReason = Literal["length", "stop_token", "stop_string"]
 OnText = Callable[[int, str], None]
@@ -20,6 +20,8 @@ class Stopping:
         texts: For each row, the text that its tokens make up, which knows its stop strings;
             ``None`` where there is no text.
         on_text: Called with a row and a piece of its text as soon as the piece is certain.
+        goes_on: Whether a text that ends by its length may be taken up again, with the rest of
+            a character that it has begun.
     """
 
     def __init__(
@@ -27,10 +29,13 @@ class Stopping:
         ends: Sequence[frozenset[int]],
         texts: Sequence[TextStream] | None = None,
         on_text: OnText | None = None,
+        *,
+        goes_on: bool = False,
     ) -> None:
         self._ends = ends
         self._texts = texts
         self._on_text = on_text
+        self._goes_on = goes_on
         self.written = [""] * len(ends)
 
     @property
@@ -48,10 +53,12 @@ class Stopping:
                 return "stop_string"
         return None
 
-    def close(self, row: int) -> None:
-        """Release the text that was held back: no more tokens of this row will come."""
+    def close(self, row: int, reason: FinishReason) -> None:
+        """Release the text that was held back: no more tokens of this row will come now."""
         if self._texts is not None:
-            self._write(row, self._texts[row].finish())
+            text = self._texts[row]
+            later = self._goes_on and reason == "length"
+            self._write(row, text.pause() if later else text.finish())
 
     def _write(self, row: int, piece: str) -> None:
         if piece:
@@ -81,6 +88,23 @@ def end_tokens(
             f"got {stop_tokens!r}"
         )
     return [_checked(model, each) for each in lists]
+
+
+def stop_strings(stop: object, rows: int) -> list[tuple[str, ...]]:
+    """Return the stop strings of each row: the same for all, or those of each.
+
+    Raises:
+        ValueError: One is empty or no string, or there are more or fewer lists than rows.
+    """
+    lists = list | tuple | set | frozenset
+    if not isinstance(stop, lists) or not any(isinstance(each, lists) for each in stop):
+        return [checked_strings(stop)] * rows
+    if len(stop) != rows:
+        raise ValueError(
+            "generate: stop must be a string, strings for all rows, or as many for each prompt "
+            f"as there are prompts, {rows}, got {stop!r}"
+        )
+    return [checked_strings(each) for each in stop]
 
 
 def _checked(model: MambaLM, tokens: Iterable[object]) -> frozenset[int]:

@@ -7,7 +7,6 @@ from typing import Any
 from mambakit.data import Tokenizer
 from mambakit.models import MambaLM
 
-from .complete import complete
 from .settings import Run, prepare
 
 
@@ -17,7 +16,7 @@ def stream_text(
     prompt: str,
     *,
     max_new_tokens: int,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     **settings: Any,
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt``, piece by piece, as soon as its text is certain.
@@ -64,7 +63,7 @@ def stream_texts(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     **settings: Any,
 ) -> Iterator[tuple[int, str]]:
     """Yield the continuations of a batch of prompts as pairs of a row and a piece of its text.
@@ -73,7 +72,7 @@ def stream_texts(
     are checked at once.
 
     Raises:
-        ValueError: As ``generate_text``.
+        ValueError: As ``generate_text``, or ``on_text`` is given.
         RuntimeError: As ``complete``.
 
     Example:
@@ -84,6 +83,8 @@ def stream_texts(
         >>> sorted({row for row, _ in pieces})
         [0, 1]
     """
+    if "on_text" in settings:
+        raise ValueError("generate: on_text must not be given to a stream, which yields pieces")
     ready: deque[tuple[int, str]] = deque()
     run = prepare(
         model,
@@ -110,17 +111,20 @@ def generate_text(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     **settings: Any,
 ) -> list[str]:
     """Continue a batch of prompts, and return the continuations without the prompts.
+
+    A character that the last token has only begun is shown as U+FFFD.
 
     Args:
         model: The language model.
         tokenizer: The one that the model was trained with.
         prompts: Texts to continue, each at least one token long.
         max_new_tokens: New tokens for each text, at most.
-        stop: Each text ends before the first of these strings to appear in it.
+        stop: Each text ends before the first of these strings to appear in it; as in
+            ``complete``.
         settings: The other settings of ``complete``: ``temperature``, ``top_k``, ``seed``, ...
 
     Raises:
@@ -138,7 +142,7 @@ def generate_text(
         >>> both[1] == alone[0]
         True
     """
-    done = complete(
+    run = prepare(
         model,
         prompts,
         tokenizer=tokenizer,
@@ -146,4 +150,5 @@ def generate_text(
         stop=stop,
         **settings,
     )
-    return list(done.texts or ())
+    deque(run.decoder, maxlen=0)
+    return run.stopping.written

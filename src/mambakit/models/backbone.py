@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambakit.modules import Block, Mamba, RMSNorm
+from mambakit.modules._plain import is_plain
 from mambakit.modules._residual import may_stay_open, normalise
 from mambakit.ops._backends import Backend
 from mambakit.ops._packing import Packing, arrange, bounds
@@ -15,10 +16,10 @@ from .state import ModelState
 
 def pack_tokens(
     tokens: Int[Tensor, "b l"],
-    cu_seqlens: Int[Tensor, " s+1"] | None,
+    cu_seqlens: Int[Tensor, " bounds"] | None,
     lengths: Int[Tensor, " b"] | None,
     attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None,
-) -> tuple[Int[Tensor, "b l"], Int[Tensor, " s+1"] | None, Packing | None]:
+) -> tuple[Int[Tensor, "rows steps"], Int[Tensor, " bounds"] | None, Packing | None]:
     """Check a model's tokens and what tells sequences apart, and leave out the padding.
 
     Returns:
@@ -47,7 +48,7 @@ def pack_tokens(
 
 
 def _last(
-    x: Float[Tensor, "b l m"], cu_seqlens: Int[Tensor, " s+1"] | None
+    x: Float[Tensor, "b l m"], cu_seqlens: Int[Tensor, " bounds"] | None
 ) -> Float[Tensor, "_ 1 m"]:
     """Return the last vector of each row, or of each sequence of a pack."""
     if cu_seqlens is None:
@@ -131,11 +132,11 @@ class Backbone(nn.Module):
         tokens: Int[Tensor, "b l"],
         state: ModelState | None = None,
         *,
-        cu_seqlens: Int[Tensor, " s+1"] | None = None,
+        cu_seqlens: Int[Tensor, " bounds"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
         attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
         last_only: bool = False,
-    ) -> tuple[Float[Tensor, "b _ m"], ModelState]:
+    ) -> tuple[Float[Tensor, "rows steps m"], ModelState]:
         """Return the normalised vectors and the state after the last token.
 
         ``state=None`` begins a sequence. ``cu_seqlens``, ``lengths`` and ``attention_mask``
@@ -144,15 +145,22 @@ class Backbone(nn.Module):
         sequence of a pack.
 
         Raises:
-            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)``, ``state`` is of a
-                model of other sizes or of another number of sequences, or the keyword that
-                tells sequences apart does not fit ``tokens``.
+            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)`` where the
+                parameters are, ``state`` is of a model of other sizes or of another number of
+                sequences or elsewhere, or the keyword that tells sequences apart does not fit
+                ``tokens``.
         """
         tokens, cu_seqlens, packing = pack_tokens(tokens, cu_seqlens, lengths, attention_mask)
+        embedding = self.embedding
+        if tokens.device != embedding.weight.device and is_plain(embedding, nn.Embedding):
+            raise ValueError(
+                f"MambaLM: tokens must be on {embedding.weight.device} like the parameters, "
+                f"got {tokens.device}"
+            )
         if state is not None:
             self._check_state(state, tokens, cu_seqlens)
 
-        x = self.embedding(tokens)
+        x = embedding(tokens)
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         y, after = None, []  # the stream is x + y: each sum is left to the norm that reads it

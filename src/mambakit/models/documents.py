@@ -23,7 +23,7 @@ class Pack(NamedTuple):
     """
 
     tokens: Int[Tensor, "1 bl"]
-    cu_seqlens: Int[Tensor, " s+1"]
+    cu_seqlens: Int[Tensor, " bounds"]
     state: ModelState | None
     ends: Int[Tensor, " b"]
 

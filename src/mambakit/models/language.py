@@ -82,7 +82,7 @@ class MambaLM(nn.Module):
         tokens: Int[Tensor, "b l"],
         state: ModelState | None = None,
         *,
-        cu_seqlens: Int[Tensor, " s+1"] | None = None,
+        cu_seqlens: Int[Tensor, " bounds"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
         attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
         last_only: bool = False,
@@ -116,9 +116,10 @@ class MambaLM(nn.Module):
             gradients.
 
         Raises:
-            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)``, ``state`` is of a
-                model of other sizes or of another number of sequences, more than one way is
-                used to tell sequences apart, or one that does not fit ``tokens``.
+            ValueError: ``tokens`` are not whole numbers of shape ``(b, l)`` where the
+                parameters are, ``state`` is of a model of other sizes or of another number of
+                sequences or elsewhere, more than one way is used to tell sequences apart, or
+                one that does not fit ``tokens``.
             RuntimeError: The backend that was named cannot run on this device.
 
         Example:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from jaxtyping import Float
@@ -95,11 +95,12 @@ class ModelState:
         """Return the state of some sequences: one, a slice, or what a list or tensor names.
 
         The batch axis stays, also for one sequence. A list or a tensor gathers: a sequence may
-        be named several times, and the result owns its memory. One number and a slice give a
-        view, which keeps the memory of all sequences.
+        be named several times, and the result owns its memory. One number, be it in a tensor
+        without axes, and a slice give a view, which keeps the memory of all sequences.
 
         Raises:
-            IndexError: There is no such sequence.
+            IndexError: There is no such sequence, or a tensor is neither of whole numbers nor
+                a mask of the sequences.
         """
         index = self._rows(index)
         if self.stacks is not None:
@@ -113,8 +114,8 @@ class ModelState:
 
         Raises:
             IndexError: There is no such sequence.
-            ValueError: ``other`` is of a model of other sizes, or has more or fewer sequences
-                than there are places.
+            ValueError: ``other`` is no state, is of a model of other sizes, or has more or
+                fewer sequences than there are places.
 
         Example:
             >>> from mambakit import MambaConfig, MambaLM
@@ -150,7 +151,7 @@ class ModelState:
         """Lay states of one model side by side, as one batch of all their sequences.
 
         Raises:
-            ValueError: There are none, or they are of models of different sizes.
+            ValueError: There are none, they are no states, or of models of different sizes.
 
         Example:
             >>> from mambakit import MambaConfig, MambaLM
@@ -211,7 +212,7 @@ class ModelState:
     ) -> "ModelState":
         """Move to ``device``; convert the inputs kept by the convolutions to ``dtype``.
 
-        The scans' own states keep at least float32.
+        The scans' own states keep at least float32, and forks go on sharing their memory.
         """
         if self.stacks is not None:
             return type(self).stacked(*self.stacks.to(device=device, dtype=dtype))
@@ -280,9 +281,19 @@ class ModelState:
         return (self.stacks or self.layers[0]).ssm.device
 
     def _rows(self, index: int | slice | Sequence[int] | Tensor) -> slice | Tensor:
-        if isinstance(index, slice | Tensor):
-            return index
         count = len(self)
+        if isinstance(index, Tensor):
+            if index.ndim == 1 and _names_rows(index, count):
+                return index
+            if index.ndim != 0:
+                raise IndexError(
+                    "ModelState: a tensor must hold the numbers of sequences, or True or False "
+                    f"for each of {count}, got {str(index.dtype).removeprefix('torch.')} "
+                    f"of shape {tuple(index.shape)}"
+                )
+            index = cast(int, index.item())  # or what is refused below
+        if isinstance(index, slice):
+            return index
         rows = list(index) if isinstance(index, Iterable) else [index]
         for row in rows:
             if not _is_whole(row) or not -count <= row < count:
@@ -292,13 +303,29 @@ class ModelState:
         return slice(index % count, index % count + 1)
 
 
+def _names_rows(index: Tensor, count: int) -> bool:
+    """Say whether a tensor of one axis can choose among ``count`` rows."""
+    if index.dtype == torch.bool:
+        return index.shape[0] == count
+    return index.dtype in (torch.int64, torch.int32)
+
+
 def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _require_alike(operation: str, states: Sequence[ModelState]) -> None:
+    if not isinstance(states, Sequence):
+        raise ValueError(
+            f"{operation}: states must be a list of ModelStates, got {type(states).__name__}"
+        )
     if not states:
         raise ValueError(f"{operation}: states must be at least one, got none")
+    for state in states:
+        if not isinstance(state, ModelState):
+            raise ValueError(
+                f"{operation}: each state must be a ModelState, got {type(state).__name__}"
+            )
     kinds = [
         [(part.shape[1:], part.dtype, part.device) for layer in state.layers for part in layer]
         for state in states

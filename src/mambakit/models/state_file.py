@@ -13,6 +13,7 @@ from mambakit._files import replacing
 from mambakit.modules import MixerState
 
 from .config import MambaConfig
+from .weights import require_readable
 
 _FORMAT = "mambakit.ModelState"
 _SIZES = ("n_layer", "d_inner", "d_state", "d_conv")
@@ -55,6 +56,7 @@ def read_layers(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"load: there is no file {path}")
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

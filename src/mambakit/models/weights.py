@@ -115,7 +115,20 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return _read_pickled(path) if path.suffix == ".bin" else _read_safetensors(path)
 
 
+def require_readable(path: Path) -> None:
+    """Check that a file may be read, of which safetensors would say that it is not there.
+
+    Raises:
+        ValueError: It may not.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"load: cannot read {path}: {error.strerror or error}") from error
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -148,7 +161,21 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise ValueError(f"load: {path} must hold a dictionary of names to tensors")
+    for name, tensor in tensors.items():
+        if (kind := _odd_kind(tensor)) is not None:
+            raise ValueError(
+                f"load: {path} must hold dense tensors with their values, got {kind}: {name}"
+            )
     return tensors
+
+
+def _odd_kind(tensor: Tensor) -> str | None:
+    """Say what a tensor is that is no dense one with values; safetensors knows no other."""
+    if tensor.is_nested:
+        return "a nested one"
+    if tensor.layout is not torch.strided:
+        return f"one of layout {str(tensor.layout).removeprefix('torch.')}"
+    return "one on meta, without values" if tensor.is_meta else None
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, *, pickled: bool) -> None:

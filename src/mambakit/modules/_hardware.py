@@ -22,6 +22,12 @@ _INSTRUCTIONS = {
 }
 
 
+def cpu_instructions(dtype: torch.dtype) -> list[str]:
+    """Name the processor's instruction sets that multiply bfloat16 or float16."""
+    able = _cpu_capabilities()
+    return [name for name in _INSTRUCTIONS[dtype] if able.get(name, False)]
+
+
 def in_hardware(dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the device multiplies bfloat16 or float16 itself, or emulates it."""
     if device.type == "cuda":
@@ -29,6 +35,5 @@ def in_hardware(dtype: torch.dtype, device: torch.device) -> bool:
             including_emulation=False
         )
     if device.type == "cpu":
-        able = _cpu_capabilities()
-        return any(able.get(name, False) for name in _INSTRUCTIONS[dtype])
+        return bool(cpu_instructions(dtype))
     return False

@@ -4,9 +4,11 @@ from torch import nn
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Say whether a module is of this very class, and nobody hooked it."""
-    hooks = (
-        module._forward_pre_hooks, module._forward_hooks,
-        module._backward_pre_hooks, module._backward_hooks,
-    )  # fmt: skip
-    return type(module) is kind and not any(hooks)
+    """Say whether a module is of this very class, and nobody hooked it or gave it a forward."""
+    return type(module) is kind and not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+    )

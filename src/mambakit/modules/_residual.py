@@ -46,7 +46,6 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         not torch.compiler.is_compiling()  # a compiler sees each call as it is written
         and is_plain(module, kind)
-        and "forward" not in module.__dict__
         and module._compiled_call_impl is None
         and not nn.modules.module._has_any_global_hook()
     )

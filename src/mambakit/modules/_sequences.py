@@ -4,16 +4,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambakit.ops._packing import Packing, arrange
-from mambakit.ops._shapes import check_axes
 
 
 def to_pack(
     operation: str,
     x: Float[Tensor, "b l m"],
-    cu_seqlens: Int[Tensor, " s+1"] | None,
+    cu_seqlens: Int[Tensor, " bounds"] | None,
     lengths: Int[Tensor, " b"] | None,
     attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None,
-) -> tuple[Float[Tensor, "b l m"], Int[Tensor, " s+1"] | None, Packing | None]:
+) -> tuple[Float[Tensor, "rows steps m"], Int[Tensor, " bounds"] | None, Packing | None]:
     """Return ``x`` without padding, ``cu_seqlens`` of what it is then, and the way back.
 
     All three keywords ``None``, which is every day, leave ``x`` as it is.
@@ -24,8 +23,8 @@ def to_pack(
     """
     if cu_seqlens is None and lengths is None and attention_mask is None:
         return x, None, None
-    sizes = check_axes(operation, x=(x, "b l m"))
+    b, l, _ = x.shape
     cu_seqlens, packing = arrange(
-        operation, sizes["b"], sizes["l"], x.device, cu_seqlens, lengths, attention_mask
+        operation, b, l, x.device, cu_seqlens, lengths, attention_mask
     )
     return (x if packing is None else packing.pack(x)), cu_seqlens, packing

@@ -1,5 +1,6 @@
 """The Mamba block's mixer: a gated selective scan behind a short causal convolution."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from mambakit.ops import causal_conv1d, selective_scan
 from mambakit.ops._backends import Backend, resolve
-from mambakit.ops._shapes import check_floats
 
+from ._checks import check_input, check_part, check_positive, check_size, check_stream
 from ._parameters import at_least_float32, exempt_from_decay
 from ._plain import is_plain
 from ._recompute import mix
@@ -44,11 +45,32 @@ class MixerState(NamedTuple):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "MixerState":
-        """Move the state; ``dtype`` is that of ``conv``, and ``ssm`` keeps at least float32."""
+        """Move the state; ``dtype`` is that of ``conv``, and ``ssm`` keeps at least float32.
+
+        What forks share, they share there too.
+        """
         wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
         return type(self)(
-            self.conv.to(device=device, dtype=dtype), self.ssm.to(device=device, dtype=wide)
+            _once(self.conv, lambda part: part.to(device=device, dtype=dtype)),
+            _once(self.ssm, lambda part: part.to(device=device, dtype=wide)),
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MixerState":
+        """Copy the numbers; where they have gradients, so has the copy."""
+        # PyTorch copies only tensors that no operation made
+        return type(self)(
+            *(
+                copy.deepcopy(part, memo) if part.is_leaf else _once(part, torch.clone)
+                for part in self
+            )
+        )
+
+
+def _once(part: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change a tensor, and of rows that are one and the same the first alone."""
+    if part.shape[0] > 1 and part.stride(0) == 0:
+        return change(part[:1]).expand(part.shape)
+    return change(part)
 
 
 class StepProjection(Linear):
@@ -139,9 +161,9 @@ class Mamba(nn.Module):
     distributions, and biases of projections are zero.
 
     Raises:
-        ValueError: A size is less than 1, ``d_state`` exceeds 256, ``selection_norm_eps`` is
-            not positive, or the steps are not ``0 < dt_min <= dt_max`` and
-            ``0 < dt_init_floor``.
+        ValueError: A size is no whole number of at least 1, ``d_state`` exceeds 256,
+            ``selection_norm_eps`` is not positive, or the steps are not
+            ``0 < dt_min <= dt_max`` and ``0 < dt_init_floor``, all finite.
 
     Source: Gu and Dao, "Mamba", 2023, section 3.4 and algorithm 2; initialisation as in the
     authors' code, section 3.6 and appendix E. The norms: Zuo et al., "Falcon Mamba", 2024.
@@ -175,29 +197,25 @@ class Mamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        sizes = {
-            "d_model": d_model, "d_state": d_state, "d_conv": d_conv, "expand": expand,
-            "dt_rank": rank,
-        }  # fmt: skip
+        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "expand": expand}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"Mamba: {name} must be at least 1, got {size}")
+            check_size("Mamba", name, size)
+        if dt_rank != "auto":
+            check_size("Mamba", "dt_rank", dt_rank)
         if d_state > 256:
             raise ValueError(f"Mamba: d_state must be at most 256, got {d_state}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(
-                f"Mamba: dt_min must be positive and at most dt_max, got {dt_min} and {dt_max}"
-            )
-        if dt_init_floor <= 0:
-            raise ValueError(f"Mamba: dt_init_floor must be positive, got {dt_init_floor}")
-        if selection_norm_eps is not None and selection_norm_eps <= 0:
-            raise ValueError(
-                f"Mamba: selection_norm_eps must be positive, got {selection_norm_eps}"
-            )
+        steps = {"dt_min": dt_min, "dt_max": dt_max, "dt_init_floor": dt_init_floor}
+        for name, value in steps.items():
+            check_positive("Mamba", name, value)
+        if dt_min > dt_max:
+            raise ValueError(f"Mamba: dt_min must be at most dt_max={dt_max}, got {dt_min}")
+        if selection_norm_eps is not None:
+            check_positive("Mamba", "selection_norm_eps", selection_norm_eps)
 
         d = expand * d_model
-        self.d_state = d_state
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.d_model, self.d_inner = d_model, d
+        self.d_state, self.d_conv = d_state, d_conv
         self.dt_rank = rank
         self.selection_norm_eps = selection_norm_eps
         self.backend: Backend = backend
@@ -249,7 +267,7 @@ class Mamba(nn.Module):
         x: Float[Tensor, "b l m"],
         state: MixerState | None = None,
         *,
-        cu_seqlens: Int[Tensor, " s+1"] | None = None,
+        cu_seqlens: Int[Tensor, " bounds"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
         attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l m"], MixerState]:
@@ -262,16 +280,34 @@ class Mamba(nn.Module):
 
         Raises:
             ValueError: ``x`` or ``state`` has other sizes than the module or than each other,
-                or the keyword that tells sequences apart does not fit ``x``.
+                lies elsewhere or is no tensor of floats, or ``x`` has another dtype than the
+                projections where ``torch.autocast`` converts neither; or the keyword that tells
+                sequences apart does not fit ``x``.
             RuntimeError: The backend that was named cannot run on the device of ``x``.
         """
+        in_proj = self.in_proj
+        check_input("Mamba", x, self.d_model, in_proj, Linear)
         x, cu_seqlens, packing = to_pack("Mamba", x, cu_seqlens, lengths, attention_mask)
-        xz = self.in_proj(x)
-        conv, ssm = (None, None) if state is None else state
-        mixing = self._mix_lean if self._recomputes(xz) else self._mix
+        conv, ssm = None, None
+        if state is not None:
+            self._check_state(state, x, cu_seqlens)
+            conv, ssm = state
+        xz = in_proj(x)
+        mixing = self._mix_lean if self._recomputes(xz.device) else self._mix
         y, conv, ssm = mixing(xz, conv, ssm, cu_seqlens)
         y = self.out_proj(y)
         return (y if packing is None else packing.unpack(y)), MixerState(conv, ssm)
+
+    def _check_state(self, state: object, x: Tensor, cu_seqlens: Tensor | None) -> None:
+        """Check that ``state`` holds what came before each sequence of ``x``."""
+        if not isinstance(state, MixerState):
+            raise ValueError(
+                f"Mamba: state must be a MixerState or None, got {type(state).__name__}"
+            )
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        d = self.d_inner
+        check_part("Mamba", "conv", state.conv, (rows, d, self.d_conv - 1), x)
+        check_part("Mamba", "ssm", state.ssm, (rows, d, self.d_state), x)
 
     def _mix(
         self, xz: Tensor, conv: Tensor | None, ssm: Tensor | None, cu_seqlens: Tensor | None
@@ -306,33 +342,26 @@ class Mamba(nn.Module):
         )
         return y, conv, ssm
 
-    def _recomputes(self, xz: Tensor) -> bool:
+    def _recomputes(self, device: torch.device) -> bool:
         """Say whether the backward pass is better made to recompute, as ``_recompute`` does.
 
         Only where arithmetic is cheap beside memory, and where the two projections between
         are this module's own, so that their weights are all there is to them.
         """
         return (
-            xz.device.type == "cuda"
+            device.type == "cuda"
             and torch.is_grad_enabled()
             and self.selection_norm_eps is None
             and is_plain(self.x_proj, Linear)
             and is_plain(self.dt_proj, StepProjection)
-            and resolve("Mamba", self.backend, xz.device) == "fused"
+            and resolve("Mamba", self.backend, device) == "fused"
         )
 
     def _mix_lean(
         self, xz: Tensor, conv: Tensor | None, ssm: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        check_floats("Mamba", x=xz, conv=conv, ssm=ssm)
-        rows = xz.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        d, w = self.conv1d.weight.shape[::2]
-        for name, part, size in (("conv", conv, w - 1), ("ssm", ssm, self.d_state)):
-            if part is not None and part.shape != (rows, d, size):
-                raise ValueError(
-                    f"Mamba: state must have {name} of shape ({rows}, {d}, {size}), "
-                    f"got {tuple(part.shape)}"
-                )
+        # an adapter's output is as unknown here as what comes from outside
+        check_stream("Mamba", "the output of in_proj", xz, 2 * self.d_inner)
         return mix(
             xz,
             self.conv1d.weight.squeeze(1),

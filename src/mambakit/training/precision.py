@@ -21,8 +21,12 @@ class Machine(NamedTuple):
     why: str
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, setting: str = "training.device") -> torch.device:
     """Turn ``"auto"`` into CUDA where there is one and CPU elsewhere.
+
+    Args:
+        device: ``"auto"`` or the name of a device.
+        setting: What errors call it.
 
     Raises:
         ValueError: ``device`` is not the name of a device.
@@ -34,15 +38,15 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
-            f"training.device must be auto or a PyTorch device, got {device!r}"
+            f"{setting} must be auto or a PyTorch device, got {device!r}"
         ) from error
     if resolved.type == "meta":
-        raise ValueError("training.device must be one that computes, got 'meta'")
+        raise ValueError(f"{setting} must be one that computes, got 'meta'")
     try:
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeError(f"training.device {device!r} cannot be used: {reason}") from error
+        raise RuntimeError(f"{setting} {device!r} cannot be used: {reason}") from error
     return resolved
 
 

@@ -41,10 +41,12 @@ class _HF(Layout):
         require(values, "model_type", ("mamba", "falcon_mamba"))
         if "model_type" not in values:
             raise ValueError("model_type must be given: 'mamba' or 'falcon_mamba'")
-        architectures = values.get("architectures") or ["ForCausalLM"]
-        if not any(str(name).endswith("ForCausalLM") for name in architectures):
+        names = values.get("architectures") or ["ForCausalLM"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"architectures must be a list of names, got {names!r}")
+        if not any(name.endswith("ForCausalLM") for name in names):
             raise ValueError(
-                f"architectures must hold a language model, got {', '.join(architectures)}"
+                f"architectures must hold a language model, got {', '.join(names)}"
             )
         require(values, "hidden_act", ("silu", "swish"))
         require(values, "quantization_config", (None,))

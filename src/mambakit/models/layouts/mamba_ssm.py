@@ -28,10 +28,8 @@ _MIXER = (
     "dt_max",
     "dt_init_floor",
 )
-# Values that change nothing in a model whose weights are given: how dt_proj was drawn, and
-# which of several equal implementations runs. attn_cfg describes layers that
-# attn_layer_idx must not ask for.
-_WITHOUT_EFFECT = {"fused_add_norm", "attn_cfg"}
+# Keys that change nothing in a model whose weights are given: how dt_proj was drawn, and which
+# of several equal implementations runs.
 _MIXER_WITHOUT_EFFECT = {"dt_init", "dt_scale", "use_fast_path", "layer"}
 _NORM_EPS = 1e-5  # their code has no key for it
 
@@ -40,6 +38,8 @@ class _MambaSSM(Layout):
     name = "mamba_ssm"
     weights = PICKLED
     repeats_tied = True
+    # fused_add_norm chooses one of two equal implementations, and attn_cfg describes layers
+    # that attn_layer_idx must not ask for
     own_keys = (
         "ssm_cfg",
         "rms_norm",

@@ -92,12 +92,14 @@ def build(
     usual = w <= 8  # wider windows take all the registers there are, for one channel
     channels = shape.bytes // dtype.itemsize if aligned and usual else 1
     blocks = shape.blocks if w <= 4 else 1
+    # 16 rows without SiLU would spill on compute capability 10.0
+    rows = min(shape.rows, 16 if silu else 14) if usual else 1
     defines = (
         ("TYPE", _TYPES[dtype]),
         ("WIDTH", str(w)),
         ("CHANNELS", str(channels)),
         ("SILU", str(int(silu))),
-        ("ROWS", str(shape.rows if usual else 1)),
+        ("ROWS", str(rows)),
         ("WARPS", str(shape.warps)),
         ("BLOCKS", str(blocks)),
         *((("PACKED", "1"),) if packed else ()),

@@ -507,6 +507,9 @@ DEVICE void add_token_sums(
     }
 }
 
+// Groups of a runner without a branch between. exp of a double is a long function.
+constexpr int UNROLLED = sizeof(real) == 4 ? 16 : 1;
+
 // If a runner reads what a group needs before it puts its states down. The loop over spans has no
 // registers for that.
 constexpr bool READS_AHEAD = !PACKED;
@@ -626,7 +629,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
                 const real* staged = COEFFICIENTS
                     ? block.coefficients[period & 1][RUNNERS_B + i]
                     : nullptr;
-#pragma unroll
+#pragma unroll UNROLLED
                 for (int group = 0; group < GROUPS; group++) {
                     real token[GROUP][LANE_ELEMENTS];
                     real nows[GROUP][SETS_PER_RUNNER][CHANNELS_PER_LANE][2];
