@@ -304,6 +304,7 @@ def summary(results: dict[str, Cases]) -> Table:
         "demo": _recipe_claims,
         "gpu_scan": _gpu_scan_claims,
         "gpu_training_step": _gpu_step_claims,
+        "gpu_decode": _gpu_decode_claims,
     }
     present = (of(results[name]) for name, of in claims.items() if name in results)
     return [("what", "mambakit", "beside it"), *itertools.chain.from_iterable(present)]
@@ -366,15 +367,31 @@ def _gpu_scan_claims(cases: Cases) -> Table:
 
 
 def _gpu_step_claims(cases: Cases) -> Table:
-    table: Table = []
-    for name, case in cases.items():
-        ours, theirs = case["mambakit"], case.get("Llama, compiled")
-        if theirs is None:
-            continue
-        ratio = _times(theirs, ours) if ours.tokens else _times(ours, theirs)
-        beside = f"compiled Llama {_quantity(theirs)}: {ratio}"
-        table.append((f"training, {name}", _quantity(ours), beside))
-    return table
+    return [
+        (f"training, {name}", _quantity(case["mambakit"]), _beside(case))
+        for name, case in cases.items()
+        if "Llama, compiled" in case
+    ]
+
+
+def _gpu_decode_claims(cases: Cases) -> Table:
+    return [
+        (name if "prefill" in name else f"a token, {name}", _quantity(ours), _beside(case))
+        for name, case in cases.items()
+        for ours in [case["mambakit"]]
+        if name.startswith("1.4B") and "Llama, compiled" in case
+    ]
+
+
+def _beside(case: dict[str, Row]) -> str:
+    """Say what peers reach and how many times ours it is; of memory, how much of theirs ours is."""
+    ours, said = case["mambakit"], []
+    for subject, name in (("Llama, compiled", "compiled Llama"), ("mamba_ssm", "mamba_ssm")):
+        if subject in case:
+            peer = case[subject]
+            ratio = _times(ours, peer) if ours.unit == "GB" else _times(peer, ours)
+            said.append(f"{name} {_quantity(peer)}: {ratio}")
+    return "; ".join(said)
 
 
 def render(results: Path) -> dict[str, str]:
@@ -435,12 +452,10 @@ def _caption(rows: list[Row], *, commit: bool = True) -> str:
             f"transformers {values('transformers')}; {when}.\n\n"
         )
     kernels = " and ".join(sorted({row.machine["isa"]["mambakit"] for row in rows}))
-    kept = any(row.machine.get("freed_memory_kept") for row in rows)
     has_bf16 = all(row.machine["isa"]["bf16_instructions"] for row in rows)
     return (
         f"{values('device')}, {values('threads')} threads, kernels {kernels}, "
-        f"{'with' if has_bf16 else 'no'} bf16 instructions"
-        f"{', freed memory kept' if kept else ''}; torch {values('torch')}, "
+        f"{'with' if has_bf16 else 'no'} bf16 instructions; torch {values('torch')}, "
         f"transformers {values('transformers')}, mambapy {values('mambapy')}; {when}.\n\n"
     )
 

@@ -92,6 +92,8 @@ def test_where_nothing_goes_on_there_is_no_state(model):
 def test_what_are_no_rows_of_documents_gets_one_clear_sentence(
     model, shape, starts, rows, message
 ):
-    state = model(torch.randint(16, (rows, 4))).state
+    device = next(model.parameters()).device
+    state = model(torch.randint(16, (rows, 4), device=device)).state
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match=f"^pack_documents: {re.escape(message)}$"):
-        pack_documents(torch.zeros(shape, dtype=torch.int64), starts, state)
+        pack_documents(tokens, starts, state)

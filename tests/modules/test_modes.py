@@ -173,8 +173,9 @@ def test_a_nan_stays_in_its_sequence(module):
 )
 def test_what_tells_no_sequences_apart_is_refused(module, shape, kind, message):
     kind = {name: torch.tensor(value, device="cpu") for name, value in kind.items()}
+    x = draw(*shape).to(next(module.parameters()).device)
     with pytest.raises(ValueError, match=message):
-        module(draw(*shape), **kind)
+        module(x, **kind)
 
 
 @pytest.mark.parametrize("part", [0, 1])

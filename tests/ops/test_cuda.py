@@ -5,7 +5,7 @@ sizes and options, and there are too many for all. For every architecture there 
 ask for, and each kernel in every dtype and with each option. There are not: most pairs of
 options, most numbers of states and widths, most mixtures of dtypes, and other GPUs of a
 generation (sm_86, sm_89, sm_103, sm_120). float64 is for checking gradients: its builds may
-spill.
+spill. So may some builds of other series of the compiler than the one that the tests install.
 """
 
 import ctypes
@@ -34,6 +34,8 @@ BUILDS = [
 
 # Bytes of shared memory that a block may have.
 ARCHITECTURES = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024}
+# of the compiler, as the extra dev has it
+SERIES = (13, 5)
 # registers are handed over there alone
 _HANDS_OVER = "sm_90a"
 
@@ -131,7 +133,7 @@ def test_compiles_without_spills(build, arch):
         if told := re.search(r"(\d+) bytes spill stores", line):
             found[entry] = int(told[1])
     assert found
-    if "double" not in dict(build[1]).values():
+    if "double" not in dict(build[1]).values() and _cuda.version() == SERIES:
         assert not any(found.values()), f"bytes spilled: {found}"
 
 
