@@ -384,7 +384,7 @@ def _gpu_decode_claims(cases: Cases) -> Table:
 
 
 def _beside(case: dict[str, Row]) -> str:
-    """Say what peers reach and how many times ours it is; of memory, how much of theirs ours is."""
+    """Say what peers reach, and how many times ours; of memory, what part of theirs ours is."""
     ours, said = case["mambakit"], []
     for subject, name in (("Llama, compiled", "compiled Llama"), ("mamba_ssm", "mamba_ssm")):
         if subject in case:
