@@ -463,3 +463,24 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_chosen():
     settings = {"max_new_tokens": 20, "temperature": 5.0, "seed": 0}
     (text,) = generate_text(model, BYTES, ["a"], **settings)
     assert "".join(stream_text(model, BYTES, "a", **settings)) == text != ""
+
+
+@pytest.mark.parametrize("prompt", [[256, 97, 98], [97] * 20 + [256], [256] + [97] * 20])
+def test_a_prompt_may_hold_ids_that_are_no_text(make_model, prompt):
+    """A model may have ids, of a beginning or an end, that its tokenizer has no text for."""
+    model, tokenizer = make_model(264), ByteTokenizer()
+    three = {"tokenizer": tokenizer, "max_new_tokens": 3}
+    six = three | {"max_new_tokens": 6}
+    done = complete(model, [torch.tensor(prompt)], temperature=0, **three)
+    assert max(map(int, done.tokens[0])) < 256
+    assert beam_search(model, [torch.tensor(prompt)], beams=1, best=1, **three).texts
+    again = complete(model, state=done.bookmark, temperature=0, **three)
+    whole = complete(model, [torch.tensor(prompt)], temperature=0, **six)
+    assert done.texts[0] + again.texts[0] == whole.texts[0]
+
+
+def test_texts_alone_take_no_settings_of_complete(make_model):
+    with pytest.raises(ValueError, match="keep_states must not be given for texts alone"):
+        generate_text(
+            make_model(256), ByteTokenizer(), ["a"], max_new_tokens=2, keep_states=True
+        )

@@ -220,3 +220,32 @@ def test_where_nobody_asks_for_gradients_a_gpu_passes_memory_once(device, monkey
     with torch.no_grad():
         torch.testing.assert_close(run(backbone, tokens), wanted, rtol=1e-5, atol=1e-5)
     assert calls == ["rms_norm", *["add_rms_norm"] * 3]
+
+
+def test_who_changes_what_all_blocks_do_is_heeded(monkeypatch):
+    backbone, tokens = make()
+    ran, forward = [], Block.forward
+
+    def patched(block, *args, **kwargs):
+        ran.append(block)
+        return forward(block, *args, **kwargs)
+
+    monkeypatch.setattr(Block, "forward", patched)
+    assert_same(run(backbone, tokens), closed(backbone, tokens))
+    assert len(ran) == 2 * len(backbone.layers)
+
+
+def test_an_embedding_in_anothers_place_needs_no_weight():
+    backbone, tokens = make()
+    expected = run(backbone, tokens)
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, tokens):
+            return self.inner(tokens)
+
+    backbone.embedding = Wrapper(backbone.embedding)
+    assert_same(run(backbone, tokens), expected)

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -118,7 +119,7 @@ def test_a_projection_that_is_not_as_it_was_made_may_convert_by_itself(how):
     ("state", "message"),
     [
         (5, "state must be a MixerState or None, got int"),
-        ((part(3), part(4)), "state must be a MixerState or None, got tuple"),
+        ((part(3),), "state must be a MixerState or None, got tuple"),
         (MixerState(part(2), part(4)), "conv of shape (2, 32, 3), got (2, 32, 2)"),
         (MixerState(part(3), part(5)), "ssm of shape (2, 32, 4), got (2, 32, 5)"),
         (MixerState(part(3, b=3), part(4)), "conv of shape (2, 32, 3), got (3, 32, 3)"),
@@ -182,3 +183,13 @@ def test_a_compiled_module_refuses_in_the_same_words(kind):
         ValueError, match=rf"^{kind}: x must have shape \(b, l, 16\), got \(2, 5"
     ):
         compiled(torch.randn(2, 5, M + 1))
+
+
+def test_a_state_may_come_as_a_plain_pair():
+    mixer, x = Mamba(6, 4), torch.randn(1, 5, 6)
+    state = mixer(x)[1]
+    assert_close(mixer(x, tuple(state))[0], mixer(x, state)[0])
+
+
+def test_whole_numbers_of_numpy_are_sizes():
+    assert Mamba(np.int64(6), expand=np.int32(3)).d_inner == 18

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple, get_args
 
 import torch
@@ -168,16 +168,24 @@ def begin_texts(
     texts = [None] * len(last) if prompts is None or isinstance(prompts, Tensor) else prompts
     whole = [isinstance(text, str) and text != "" for text in texts]
     every = iter(torch.cat(last).tolist())  # all at once, since a GPU has to be waited for
-    before = [list(islice(every, len(row))) for row in last]
+    before = [_as_text(list(islice(every, len(row))), tokenizer) for row in last]
     return [
-        TextStream(tokenizer, stop, before=tokens, written=count, whole=known)
+        TextStream(tokenizer, stop, before=tokens, written=min(count, len(tokens)), whole=known)
         for stop, tokens, count, known in zip(stops, before, written, whole, strict=True)
     ]
 
 
+def _as_text(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Return the last tokens that the tokenizer knows; a model may know others beside them."""
+    known = takewhile(lambda token: token < tokenizer.vocab_size, reversed(tokens))
+    return list(known)[::-1]
+
+
 def check_model(model: object) -> None:
     """Refuse what is no language model, compiled or not."""
-    if not isinstance(getattr(model, "_orig_mod", model), MambaLM):
+    # what stands in for one, such as a wrapper that shards it, has its attributes
+    known = isinstance(getattr(model, "_orig_mod", model), MambaLM)
+    if not known and not (callable(model) and hasattr(model, "config")):
         raise ValueError(f"generate: model must be a MambaLM, got {type(model).__name__}")
 
 

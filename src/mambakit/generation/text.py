@@ -86,6 +86,7 @@ def stream_texts(
     if "on_text" in settings:
         raise ValueError("generate: on_text must not be given to a stream, which yields pieces")
     ready: deque[tuple[int, str]] = deque()
+    _refuse_internal(settings)
     run = prepare(
         model,
         prompts,
@@ -96,6 +97,13 @@ def stream_texts(
         **settings,
     )
     return _pieces(run, ready)
+
+
+def _refuse_internal(settings: dict[str, Any]) -> None:
+    """Refuse what ``complete`` alone asks for, whose result has more than texts."""
+    for name in ("keep_states", "score", "alternatives"):
+        if name in settings:
+            raise ValueError(f"generate: {name} must not be given for texts alone")
 
 
 def _pieces(run: Run, ready: deque[tuple[int, str]]) -> Iterator[tuple[int, str]]:
@@ -142,6 +150,7 @@ def generate_text(
         >>> both[1] == alone[0]
         True
     """
+    _refuse_internal(settings)
     run = prepare(
         model,
         prompts,

@@ -152,7 +152,7 @@ class Backbone(nn.Module):
         """
         tokens, cu_seqlens, packing = pack_tokens(tokens, cu_seqlens, lengths, attention_mask)
         embedding = self.embedding
-        if tokens.device != embedding.weight.device and is_plain(embedding, nn.Embedding):
+        if is_plain(embedding, nn.Embedding) and tokens.device != embedding.weight.device:
             raise ValueError(
                 f"MambaLM: tokens must be on {embedding.weight.device} like the parameters, "
                 f"got {tokens.device}"

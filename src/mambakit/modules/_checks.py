@@ -5,7 +5,7 @@ compared with are plain numbers, so that a compiler finds nothing here to guard 
 """
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ def check_size(module: str, name: str, value: object) -> None:
     Raises:
         ValueError: It is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(
             f"{module}: {name} must be a whole number of at least 1, got {value!r}"
         )

@@ -41,11 +41,16 @@ def may_stay_open(block: nn.Module) -> TypeGuard[Block]:
     return _is_untouched(block, Block)
 
 
+# What calling one runs, unless somebody has put something else in its place.
+_FORWARD: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (Block, RMSNorm)}
+
+
 def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Say whether to call a module is to call its class's ``forward``, and nothing else."""
     return (
         not torch.compiler.is_compiling()  # a compiler sees each call as it is written
         and is_plain(module, kind)
+        and kind.forward is _FORWARD[kind]
         and module._compiled_call_impl is None
         and not nn.modules.module._has_any_global_hook()
     )

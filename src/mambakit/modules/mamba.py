@@ -290,6 +290,8 @@ class Mamba(nn.Module):
         x, cu_seqlens, packing = to_pack("Mamba", x, cu_seqlens, lengths, attention_mask)
         conv, ssm = None, None
         if state is not None:
+            if type(state) is tuple and len(state) == 2:  # what a hook may make of one
+                state = MixerState(*state)
             self._check_state(state, x, cu_seqlens)
             conv, ssm = state
         xz = in_proj(x)
