@@ -185,11 +185,13 @@ def test_a_compiled_module_refuses_in_the_same_words(kind):
         compiled(torch.randn(2, 5, M + 1))
 
 
+@pytest.mark.refuses  # a pair is no MixerState to who checks annotations
 def test_a_state_may_come_as_a_plain_pair():
     mixer, x = Mamba(6, 4), torch.randn(1, 5, 6)
     state = mixer(x)[1]
     assert_close(mixer(x, tuple(state))[0], mixer(x, state)[0])
 
 
+@pytest.mark.refuses
 def test_whole_numbers_of_numpy_are_sizes():
     assert Mamba(np.int64(6), expand=np.int32(3)).d_inner == 18
