@@ -1,5 +1,7 @@
 """Laws of the engine: rows of any length, forks, probabilities, reasons, and going on."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -359,3 +361,14 @@ def test_a_bookmark_of_another_number_of_rows_is_refused(model, prompts):
         Bookmark(place.state, place.unread[:3])
     with pytest.raises(ValueError, match=r"written must be of shape \(4,\).*got \(4, 1\)"):
         Bookmark(place.state, place.unread, written=place.unread)
+
+
+@pytest.mark.parametrize("k", [3, -2, 2.0, "2"])
+def test_a_bookmark_forks_as_its_state_does(make_model, k):
+    """What the state refuses the bookmark does, by the same sentence."""
+    prompts = [torch.tensor([97]), torch.tensor([98])]
+    place = complete(make_model(256), prompts, max_new_tokens=1, temperature=0).bookmark
+    with pytest.raises((ValueError, TypeError)) as refused:
+        place.state.fork(k)
+    with pytest.raises(refused.type, match=re.escape(str(refused.value))):
+        place.fork(k)

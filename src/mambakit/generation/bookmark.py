@@ -127,8 +127,9 @@ class Bookmark:
 
     def fork(self, k: int) -> "Bookmark":
         """Return ``k`` texts that all go on from this one, as ``ModelState.fork`` does."""
+        state = self.state.fork(k)  # which refuses what is no number of forks
         forks = {name: part.expand(k, *part.shape[1:]) for name, _, part in self._parts()}
-        return Bookmark(self.state.fork(k), **forks)
+        return Bookmark(state, **forks)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the place to a safetensors file, whole or not at all.

@@ -68,7 +68,9 @@ class Plan:
             shape = scores.shape
             scores = processor(scores, texts)
             if not isinstance(scores, Tensor) or scores.shape != shape:
-                got = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
+                got = (
+                    tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                )
                 raise ValueError(
                     f"generate: a logits processor must return logits of shape {tuple(shape)}, "
                     f"got {got}"

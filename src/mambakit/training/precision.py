@@ -45,7 +45,7 @@ def resolve_device(device: str, setting: str = "training.device") -> torch.devic
     try:
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise RuntimeError(f"{setting} {device!r} cannot be used: {reason}") from error
     return resolved
 
