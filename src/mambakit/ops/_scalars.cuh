@@ -1,4 +1,5 @@
-// How numbers lie in memory and what they are computed in. Included by _cuda.cuh.
+// How numbers lie in memory, what they are computed in, and the scan's functions of one number.
+// Included by _cuda.cuh.
 //
 // A dtype is a C++ type that a kernel may be given by -D: float, double, bf16, fp16.
 #pragma once
@@ -55,6 +56,27 @@ DEVICE void unpack(unsigned int word, fp16, float& low, float& high) {
 }
 DEVICE unsigned int pack(float low, float high, bf16) { return pack_bf16(low, high); }
 DEVICE unsigned int pack(float low, float high, fp16) { return pack_fp16(low, high); }
+
+// Against the bias of the hardware's 2^x, which is low on average. One step would not show it, but
+// a state is a product of many. The constant goes into the multiplication before. It is too small
+// to move 2^0 from 1, so a step of no duration still changes no state.
+constexpr float EXP2_BIAS = 2e-8f;
+
+// c + log(1 + u) for 0 <= u <= 1, the logarithm to 2e-7 of itself: u times a polynomial fitted to
+// log(1 + u) / u for the least relative error, 3e-8 before rounding. One that went through
+// log2(1 + u) would lose all but a few bits of a small u, and steps are small.
+DEVICE float add_log1p(float u, float c) {
+    float p = 0.005232693627476692f;
+    p = fmaf(p, u, -0.02950523979961872f);
+    p = fmaf(p, u, 0.07822596281766891f);
+    p = fmaf(p, u, -0.13663247227668762f);
+    p = fmaf(p, u, 0.19106008112430573f);
+    p = fmaf(p, u, -0.2484298199415207f);
+    p = fmaf(p, u, 0.3331909775733948f);
+    p = fmaf(p, u, -0.4999949336051941f);
+    p = fmaf(p, u, 0.9999999403953552f);
+    return fmaf(p, u, c);
+}
 
 // How many numbers of T sixteen bytes hold, and those numbers widened or narrowed.
 template <class T> struct Sixteen {

@@ -347,32 +347,12 @@ DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); 
 DEVICE float exp2_of(float x) { return exp2_fast(x); }
 DEVICE double exp2_of(double x) { return exp2(x); }
 
-// Against the bias of the hardware's 2^x, which is low on average. One step would not show it, but
-// a state is a product of many. The constant goes into the multiplication before. It is too small
-// to move 2^0 from 1, so a step of no duration still changes no state.
-constexpr float EXP2_BIAS = 2e-8f;
-
 // exp(dt A) from A times log2(e).
 DEVICE float decay_of(float dt, float A) { return exp2_fast(fmaf(dt, A, EXP2_BIAS)); }
 DEVICE double decay_of(double dt, double A) { return exp2(dt * A); }
 // v log2(e), rounded once.
 DEVICE real times_log2e(real v) { return multiply_add(v, LOG2E, v * LOG2E_REST); }
 
-// c + log(1 + u) for 0 <= u <= 1, the logarithm to 2e-7 of itself: u times a polynomial fitted to
-// log(1 + u) / u for the least relative error, 3e-8 before rounding. One that went through
-// log2(1 + u) would lose all but a few bits of a small u, and steps are small.
-DEVICE float add_log1p(float u, float c) {
-    float p = 0.005232693627476692f;
-    p = fmaf(p, u, -0.02950523979961872f);
-    p = fmaf(p, u, 0.07822596281766891f);
-    p = fmaf(p, u, -0.13663247227668762f);
-    p = fmaf(p, u, 0.19106008112430573f);
-    p = fmaf(p, u, -0.2484298199415207f);
-    p = fmaf(p, u, 0.3331909775733948f);
-    p = fmaf(p, u, -0.4999949336051941f);
-    p = fmaf(p, u, 0.9999999403953552f);
-    return fmaf(p, u, c);
-}
 DEVICE double add_log1p(double u, double c) { return log1p(u) + c; }
 
 // The step size, from dt with its bias: softplus(v) = max(v, 0) + log(1 + exp(-|v|)), which
