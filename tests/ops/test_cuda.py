@@ -88,7 +88,11 @@ def options(arch):
         for wide in (0, 4) if _FORWARD._may_be_wide(kinds, room) else (0,):
             narrow = _FORWARD._narrow(states, wide)[0]
             yield _FORWARD.SOURCE, _FORWARD._specialised(kinds, wide, narrow).defines
-        yield _BACKWARD.SOURCE, _BACKWARD._choose(kinds, 2048, gpu).defines
+        given = dict(kinds)
+        fewer = given["X_TYPE"] == "bf16" and states == 16 and "PACKED" not in given
+        for steps in ("64", "32") if fewer else ("64",):
+            saved = (("CHECKPOINT_STEPS", steps), *kinds)
+            yield _BACKWARD.SOURCE, _BACKWARD._choose(saved, 2048, gpu).defines
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for width, silu, aligned, packed in _CONVOLUTIONS:
             given = dtype, width, silu, aligned, packed

@@ -9,6 +9,9 @@ from mambakit.ops.scan.cuda import backward, forward
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state")
 
+# between two states that forward saves
+BOTH = pytest.mark.parametrize("steps", [64, 32])
+
 
 @pytest.fixture
 def operands(draw, emulated):
@@ -37,9 +40,9 @@ def by_autograd(given, dy, dlast, dtype, softplus=True):
     return {n: next(found) for n, t in zip(NAMES, leaves, strict=True) if t is not None}
 
 
-def by_kernel(given, dy, dlast, chunks=None, softplus=True, passes=1, plan=None):
+def by_kernel(given, dy, dlast, chunks=None, softplus=True, passes=1, plan=None, steps=64):
     l = given[0].shape[1]
-    saved = forward.forward(*given, softplus, True)[2]
+    saved = forward.forward(*given, softplus, True, steps=steps)[2]
     if chunks is not None:
         plan = backward.cut(chunks, l, passes)
     found = backward.backward(dy, dlast, *given, saved.view(-1), softplus, plan=plan)
@@ -62,9 +65,11 @@ def assert_gradients(assert_near, found, wanted):
 @pytest.mark.parametrize(
     "shape", [(2, 197, 40, 16), (1, 16, 1, 16), (2, 1, 24, 16), (1, 65, 3, 16)], ids=str
 )
-def test_gradients_are_those_of_the_recurrence(operands, assert_near, shape, chunks):
+@BOTH
+def test_gradients_are_those_of_the_recurrence(operands, assert_near, shape, chunks, steps):
     case = operands(*shape)
-    assert_gradients(assert_near, by_kernel(*case, chunks), by_autograd(*case, torch.float64))
+    found = by_kernel(*case, chunks, steps=steps)
+    assert_gradients(assert_near, found, by_autograd(*case, torch.float64))
 
 
 @pytest.mark.parametrize(("start", "fits"), [(0, True), (24, True), (3, False)])
@@ -106,15 +111,19 @@ def test_one_state_of_two_bytes(operands, assert_near, shape, options, chunks, d
     "shape", [(1, 200, 136, 8), (1, 200, 72, 16), (1, 200, 40, 32)], ids=str
 )
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_many_channels_of_two_bytes(operands, assert_near, shape, chunks):
+@BOTH
+def test_many_channels_of_two_bytes(operands, assert_near, shape, chunks, steps):
     case = operands(*shape, dtype=torch.bfloat16)
-    assert_gradients(assert_near, by_kernel(*case, chunks), by_autograd(*case, torch.float64))
+    found = by_kernel(*case, chunks, steps=steps)
+    assert_gradients(assert_near, found, by_autograd(*case, torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_every_dtype(operands, assert_near, dtype):
+@BOTH
+def test_every_dtype(operands, assert_near, dtype, steps):
     case = operands(2, 70, 24, 16, dtype=dtype)
-    assert_gradients(assert_near, by_kernel(*case, 2), by_autograd(*case, torch.float64))
+    found = by_kernel(*case, 2, steps=steps)
+    assert_gradients(assert_near, found, by_autograd(*case, torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -166,30 +175,35 @@ def test_several_passes_over_channels_are_one(operands, assert_near):
 
 
 @pytest.mark.parametrize(
-    ("shape", "steps"),
-    [((2, 197, 40, 16), 64), ((1, 130, 136, 16), 64), ((1, 65, 3, 16), 64),
-     ((2, 197, 24, 1), 128), ((1, 197, 12, 5), 64), ((1, 130, 36, 64), 64)],
+    ("shape", "chunk", "steps"),
+    [((2, 197, 40, 16), 64, 64), ((1, 130, 136, 16), 64, 64), ((1, 65, 3, 16), 64, 64),
+     ((2, 197, 24, 1), 128, 64), ((1, 197, 12, 5), 64, 64), ((1, 130, 36, 64), 64, 64),
+     ((2, 197, 40, 16), 64, 32), ((1, 130, 136, 16), 64, 32), ((1, 197, 12, 5), 64, 32)],
 )  # fmt: skip
 @pytest.mark.parametrize("ends", [True, False])
-def test_chunks_may_be_handed_on(operands, assert_near, shape, steps, ends):
+def test_chunks_may_be_handed_on(operands, assert_near, shape, chunk, steps, ends):
     given, dy, dlast = operands(*shape, without=() if ends else ("state",))
-    plan = backward.hand_on(steps, shape[1])
+    plan = backward.hand_on(chunk, shape[1])
     assert plan.tail == plan.chunks > 1
-    found = by_kernel(given, dy, dlast if ends else None, plan=plan)
+    found = by_kernel(given, dy, dlast if ends else None, plan=plan, steps=steps)
     wanted = by_autograd(given, dy, dlast if ends else torch.zeros_like(dlast), torch.float64)
     assert_gradients(assert_near, found, wanted)
 
 
 @pytest.mark.parametrize(("l", "tail"), [(197, 2), (320, 2), (410, 3)])
-@pytest.mark.parametrize(("n", "dtype"), [(16, torch.float32), (1, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("n", "dtype", "steps"),
+    [(16, torch.float32, 64), (16, torch.float32, 32), (1, torch.bfloat16, 64)],
+)
 def test_the_first_chunks_may_be_handed_on_and_the_others_joined(
-    operands, assert_near, l, tail, n, dtype
+    operands, assert_near, l, tail, n, dtype, steps
 ):
     case = operands(2, l, 40, n, dtype=dtype)
     plan = backward.hand_on(64, l, tail=tail)
     assert 1 < plan.tail < plan.chunks
     whole = {name: gradient.double() for name, gradient in by_kernel(*case, 1).items()}
-    assert_gradients(assert_near, by_kernel(*case, plan=plan), whole)
+    found = by_kernel(*case, plan=plan, steps=steps)
+    assert_gradients(assert_near, found, whole)
 
 
 def test_handing_on_leaves_tokens_gradients_as_they_are(operands):
@@ -248,19 +262,21 @@ def test_plans_cover_all_steps_in_whole_checkpoints(b, l, d):
 @pytest.mark.parametrize(
     "plan", [backward.cut(1, 140), backward.cut(2, 140), backward.hand_on(64, 140)], ids=str
 )
-def test_two_runs_give_the_same_bits(operands, plan):
+@BOTH
+def test_two_runs_give_the_same_bits(operands, plan, steps):
     case = operands(2, 140, 40, 16, dtype=torch.bfloat16)
-    first, second = by_kernel(*case, plan=plan), by_kernel(*case, plan=plan)
+    first, second = (by_kernel(*case, plan=plan, steps=steps) for _ in range(2))
     for name in NAMES:
         assert torch.equal(first[name], second[name])
 
 
-def test_a_nan_stays_in_its_row(operands):
+@BOTH
+def test_a_nan_stays_in_its_row(operands, steps):
     given, dy, dlast = operands(2, 70, 24, 16)
-    wanted = by_kernel(given, dy, dlast, 2)
+    wanted = by_kernel(given, dy, dlast, 2, steps=steps)
     dy = dy.clone()
     dy[0, 30] = torch.nan
-    found = by_kernel(given, dy, dlast, 2)
+    found = by_kernel(given, dy, dlast, 2, steps=steps)
     for name in ("x", "dt", "B", "C", "gate", "state"):
         assert torch.equal(found[name][1], wanted[name][1])
         assert found[name][0].isnan().any()
@@ -269,14 +285,15 @@ def test_a_nan_stays_in_its_row(operands):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_at_most_twice_that_of_eager(operands, emulated, dtype):
+@BOTH
+def test_error_is_at_most_twice_that_of_eager(operands, emulated, dtype, steps):
     if dtype == torch.float32 and emulated.type == "cpu":
         pytest.skip(
             "the emulator's exp2 is as coarse as a GPU's may be, eager's on it is exact"
         )
     case = operands(2, 300, 40, 16, dtype=dtype)
     exact, eager = by_autograd(*case, torch.float64), by_autograd(*case, dtype)
-    found = by_kernel(*case, 1)
+    found = by_kernel(*case, 1, steps=steps)
 
     def error(gradients, name):
         return (gradients[name].double() - exact[name]).square().mean().sqrt().item()
@@ -303,15 +320,17 @@ def test_sums_over_a_long_time_keep_their_digits(operands):
 
 
 @pytest.mark.parametrize(("n", "kilobytes"), [(4, 99), (16, 99), (256, 163)])
+@BOTH
 def test_a_gpu_with_less_shared_memory_gets_shorter_tiles(
-    operands, assert_near, monkeypatch, n, kilobytes
+    operands, assert_near, monkeypatch, n, kilobytes, steps
 ):
     bytes_of_block = kilobytes * 1024
     monkeypatch.setattr(
         _cuda, "shared_memory", lambda _: (bytes_of_block, bytes_of_block + 1024)
     )
     case = operands(1, 70, 12, n)
-    assert_gradients(assert_near, by_kernel(*case, 1), by_autograd(*case, torch.float64))
+    found = by_kernel(*case, 1, steps=steps)
+    assert_gradients(assert_near, found, by_autograd(*case, torch.float64))
 
 
 def test_more_states_than_a_gpu_has_room_for_are_refused(operands, monkeypatch):

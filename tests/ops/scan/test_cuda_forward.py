@@ -6,7 +6,7 @@ import torch
 from mambakit.ops.scan import reference
 from mambakit.ops.scan.cuda import forward
 from mambakit.ops.scan.cuda.forward import Plan
-from mambakit.ops.scan.cuda.operands import CHECKPOINT_STEPS
+from mambakit.ops.scan.cuda.operands import CHECKPOINT_STEPS, FEWER_STEPS, checkpoint_shape
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state")
 
@@ -40,9 +40,9 @@ def truth(given, softplus=True):
     return reference.scan(*(None if t is None else t.double() for t in given), softplus)
 
 
-def run(given, way=None, softplus=True, save=False):
+def run(given, way=None, softplus=True, save=False, **more):
     plan = None if way is None else forward.cut(way, given[0].shape[1])
-    return forward.forward(*given, softplus, save, plan=plan)
+    return forward.forward(*given, softplus, save, plan=plan, **more)
 
 
 @pytest.mark.parametrize("way", [WALK, WIDE, *CHUNKED, *NARROW], ids=shown)
@@ -126,16 +126,15 @@ def test_rows_may_lie_in_a_wider_tensor(operands, way):
 
 
 @pytest.mark.parametrize("way", [WALK, WIDE, *CHUNKED], ids=shown)
-def test_checkpoints_are_the_states_on_the_way(operands, assert_near, way):
+@pytest.mark.parametrize("steps", [CHECKPOINT_STEPS, FEWER_STEPS])
+def test_checkpoints_are_the_states_on_the_way(operands, assert_near, way, steps):
     given = operands(2, 2 * CHECKPOINT_STEPS + 9, 24, 16)
-    _, _, checkpoints = run(given, way, save=True)
-    assert checkpoints.shape == forward.checkpoint_shape(*given[0].shape, 16)
+    _, _, checkpoints = run(given, way, save=True, steps=steps)
+    assert checkpoints.shape == checkpoint_shape(*given[0].shape, 16, steps=steps)
+    assert len(checkpoints[0]) == 2 * CHECKPOINT_STEPS // steps + 1
     assert_near(checkpoints[:, 0], given[8])
-    for k in (1, 2):
-        start = [
-            t[:, : k * CHECKPOINT_STEPS] if i in (0, 1, 3, 4, 6) else t
-            for i, t in enumerate(given)
-        ]
+    for k in range(1, len(checkpoints[0])):
+        start = [t[:, : k * steps] if i in (0, 1, 3, 4, 6) else t for i, t in enumerate(given)]
         assert_near(checkpoints[:, k], truth(start)[1])
 
 

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing import assert_close
 
 from mambakit.ops import selective_scan, selective_step
 from mambakit.ops.scan import fused as scan_kernels
+from mambakit.ops.scan.registration import register
 from tests.ops import packs
 
 pytestmark = pytest.mark.compiles
 
 OPERATORS = {"parallel": "parallel_scan", "fused": "selective_scan"}
+NAMES = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state")
 OVER_TIME = ("x", "dt", "B", "C", "gate")
 
 
@@ -19,7 +22,7 @@ def arguments(inputs, operator, *, save):
     steps = (
         scan_kernels.checkpoint_steps(inputs["x"].device) if operator == "selective_scan" else 0
     )
-    names = ("x", "dt", "A", "B", "C", "D", "gate", "dt_bias", "state", "cu_seqlens")
+    names = (*NAMES, "cu_seqlens")
     return (*(inputs.get(name) for name in names), inputs["dt_softplus"], steps, save)
 
 
@@ -188,6 +191,50 @@ def test_checkpoints_of_another_release_are_refused(fused, draw):
         match=rf"cpu kernels keep a state every {steps} steps, .* another release, for 7$",
     ):
         torch.ops.mambakit.selective_scan(*given, 7, save)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("sizes", "packed", "steps"),
+    [
+        ((1, 8192, 5120, 16), False, 32),
+        ((64, 512, 2048, 16), False, 32),
+        ((8, 2048, 2048, 16), False, 64),
+        ((1, 8192, 5120, 16), True, 64),
+        ((1, 8192, 5120, 64), False, 64),
+        ((1, 8192, 5120, 1), False, 64),
+    ],
+)
+def test_a_gpu_saves_more_states_where_they_are_little(sizes, packed, steps):
+    assert scan_kernels.chosen_steps(torch.device("cuda"), sizes, packed) == steps
+
+
+@pytest.mark.cpu
+def test_sizes_that_are_symbols_are_not_asked():
+    length = ShapeEnv().create_unbacked_symint()
+    sizes = (1, length, 5120, 16)
+    assert scan_kernels.chosen_steps(torch.device("cuda"), sizes, False) == 64
+
+
+@pytest.mark.cpu
+def test_what_the_sizes_ask_for_is_saved(fused, draw, monkeypatch):
+    """By kernels that can: here by such as take their own steps for any."""
+    kernels, asked = scan_kernels._KERNELS["CPU"], []
+
+    def forward(*given, steps, **more):
+        asked.append(steps)
+        return kernels.forward(*given, **more)
+
+    own, sizes = kernels.checkpoint_steps, []
+    given = {"choose_steps": lambda *given: sizes.append(given) or own, "other_steps": (7,)}
+    registered = kernels._replace(forward=forward, **given)
+    scan = register("scan_of_a_test", {"CPU": registered})
+    inputs = draw()
+    inputs["x"].requires_grad_()
+    scan(*(inputs.get(name) for name in NAMES), True)[0].sum().backward()
+    assert sizes == [(*inputs["x"].shape, inputs["A"].shape[1], False)]
+    assert asked == [own]
+    assert inputs["x"].grad is not None
 
 
 @pytest.mark.parametrize("l", [0, 151])

@@ -1,5 +1,6 @@
 """The selective scan by compiled kernels: ``torch.ops.mambakit.selective_scan``."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -9,16 +10,14 @@ from torch import Tensor
 from .._backends import fused_kernels
 from . import cpu, registration
 from .cuda import backward as cuda_backward, forward as cuda_forward
-from .cuda.operands import CHECKPOINT_STEPS
+from .cuda.operands import CHECKPOINT_STEPS, FEWER_STEPS, choose_steps
 from .registration import Kernels, register
 
 
-def _forward_on_gpu(
-    x: Tensor, *rest: Any, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_on_gpu(x: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _by_triton(x):
-        return _triton().forward(x, *rest, cu_seqlens=cu_seqlens)
-    return cuda_forward.forward(x, *rest, cu_seqlens=cu_seqlens)
+        return _triton().forward(x, *rest, **more)
+    return cuda_forward.forward(x, *rest, **more)
 
 
 def _backward_on_gpu(
@@ -40,7 +39,14 @@ def _triton() -> ModuleType:
     return triton
 
 
-_ON_GPU = Kernels(_forward_on_gpu, _backward_on_gpu, CHECKPOINT_STEPS, takes_dgate=True)
+_ON_GPU = Kernels(
+    _forward_on_gpu,
+    _backward_on_gpu,
+    CHECKPOINT_STEPS,
+    takes_dgate=True,
+    other_steps=(FEWER_STEPS,),
+    choose_steps=choose_steps,
+)
 _KERNELS = {
     "CPU": Kernels(cpu.forward, cpu.backward, cpu.TILE_STEPS),
     "CUDA": _ON_GPU,  # the name that AMD's go by too
@@ -51,5 +57,10 @@ scan = register("selective_scan", _KERNELS)
 
 
 def checkpoint_steps(device: torch.device) -> int:
-    """Return the steps between two states that the kernels for ``device`` save."""
+    """Return the steps between two states that are saved on ``device``, of unknown sizes."""
     return registration.checkpoint_steps(_KERNELS, device)
+
+
+def chosen_steps(device: torch.device, sizes: Sequence[int], packed: bool) -> int:
+    """Return the steps between two states to be saved, of a scan of sizes b, l, d and n."""
+    return registration.chosen_steps(_KERNELS, device, sizes, packed)

@@ -27,15 +27,19 @@ class Kernels(NamedTuple):
     """What one kind of device brings to an operator.
 
     Beside the inputs ``forward`` saves for ``backward`` one state every ``checkpoint_steps``
-    steps of a sequence, in an order of its own; 0 says that it saves none. ``takes_dgate`` says
-    that ``backward`` takes ``dgate``, room for the gate's gradient, which it uses if it can.
-    Both take the keyword ``cu_seqlens``: ``None``, or where the sequences of a pack lie.
+    steps of a sequence, in an order of its own; 0 says that it saves none. ``other_steps`` may
+    be asked for with the keyword ``steps``, and ``choose_steps`` says when: by the sizes b, l,
+    d and n, and whether it is a pack. ``takes_dgate`` says that ``backward`` takes ``dgate``,
+    room for the gate's gradient, which it uses if it can. Both take the keyword ``cu_seqlens``:
+    ``None``, or where the sequences of a pack lie.
     """
 
     forward: Forward
     backward: Backward
     checkpoint_steps: int
     takes_dgate: bool = False
+    other_steps: tuple[int, ...] = ()
+    choose_steps: Callable[..., int] | None = None
 
 
 _INPUTS = (
@@ -50,13 +54,27 @@ _GRADIENTS = (
 )
 
 
-def checkpoint_steps(kernels: dict[str, Kernels], device: torch.device) -> int:
-    """Return the steps between two states that are saved on ``device``.
+def _of(kernels: dict[str, Kernels], device: torch.device) -> Kernels:
+    # A device without kernels of its own, as that of meta tensors, is taken for the first.
+    return kernels.get(device.type.upper(), next(iter(kernels.values())))
 
-    A device without kernels of its own, as that of meta tensors, is taken for the first.
+
+def checkpoint_steps(kernels: dict[str, Kernels], device: torch.device) -> int:
+    """Return the steps between two states that are saved on ``device``, of unknown sizes."""
+    return _of(kernels, device).checkpoint_steps
+
+
+def chosen_steps(
+    kernels: dict[str, Kernels], device: torch.device, sizes: Sequence[int], packed: bool
+) -> int:
+    """Return the steps between two states to be saved, of a scan of sizes b, l, d and n.
+
+    Sizes that are symbols are not asked: a compiler would trace a graph for each answer.
     """
-    first = next(iter(kernels.values()))
-    return kernels.get(device.type.upper(), first).checkpoint_steps
+    of = _of(kernels, device)
+    if of.choose_steps is None or not all(type(size) is int for size in sizes):
+        return of.checkpoint_steps
+    return of.choose_steps(*sizes, packed)
 
 
 def checkpoints(b: int, l: int, sequences: int | None, steps: int) -> int:
@@ -85,8 +103,8 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
     Between the kernels checkpoints lie flat: an axis whose size is 1 for short sequences and
     more for long ones would make a compiler trace both.
 
-    A call names the steps between two checkpoints, although its device settles them: compilers
-    keep what they compiled on disk, under what the call says, for later releases to find.
+    A call names the steps between two checkpoints, also one that saves none: compilers keep
+    what they compiled on disk, under what the call says, for later releases to find.
     """
     forward_name, backward_name = f"mambakit::{name}", f"mambakit::{name}_backward"
     arriving = f"Tensor dy, Tensor? dlast, {_INPUTS}, Tensor checkpoints, bool dt_softplus"
@@ -155,7 +173,7 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
     def implement(key: str, of: Kernels) -> None:
         def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             *given, cu_seqlens, dt_softplus, steps, save = rest
-            if save and steps != of.checkpoint_steps:
+            if save and steps not in (of.checkpoint_steps, *of.other_steps):
                 raise RuntimeError(
                     f"selective_scan: {x.device.type} kernels keep a state every "
                     f"{of.checkpoint_steps} steps, and this call was compiled by another "
@@ -165,7 +183,10 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
                 bounds("selective_scan", cu_seqlens, x.shape[1])
             if x.numel() == 0:
                 return forward_of_nothing(x, *rest)
-            y, last, kept = of.forward(x, *given, dt_softplus, save, cu_seqlens=cu_seqlens)
+            asked = {"steps": steps} if save and of.other_steps else {}
+            y, last, kept = of.forward(
+                x, *given, dt_softplus, save, cu_seqlens=cu_seqlens, **asked
+            )
             return y, last, kept.view(-1)
 
         def gradients_of(
@@ -207,7 +228,8 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             *inputs, dt_softplus, _, _ = arguments
             # not those of the call, which an older release may have exported
-            steps = checkpoint_steps(kernels, inputs[0].device)
+            x, A, packed = inputs[0], inputs[2], inputs[-1] is not None
+            steps = chosen_steps(kernels, x.device, (*x.shape, A.shape[1]), packed)
             inputs[-1] = kept_for_backward(inputs[-1])
             with torch._C._AutoDispatchBelowAutograd():
                 y, last, kept = forward_op(*inputs, dt_softplus, steps, True)

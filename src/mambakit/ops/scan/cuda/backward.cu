@@ -20,9 +20,15 @@
 // There are half as many runners as walkers, or as many where they can give registers away that
 // walkers need (HAND_OVER). With one state a channel all this is not needed: see one_state.cuh.
 //
-// All tiles of a checkpoint do not fit in shared memory at once. Runners take the first half
-// twice: through it to the second half, whose tiles they keep, and later again to keep them.
-// Walkers take them from the last to the first. With four tiles:
+// Two tiles of a checkpoint and one of the next fit in shared memory. Where these are all its
+// tiles, runners make one in each period, and walkers take them from the last to the first:
+//
+//     period       -2     -1      0      1      2      3      4 ...
+//     runners       0      1      0      1      0      1      0
+//     walkers                     1      0      1      0      1
+//
+// Of more tiles runners take the first half twice: through it to the second half, whose tiles
+// they keep, and later again to keep them. With four:
 //
 //     period       -2      -1      0      1      2      3      4 ...
 //     runners   0, 1*    2, 3      0      1   0, 1*   2, 3     0       (* passed through)
@@ -46,7 +52,8 @@
 // always in the same order.
 #include "common.cuh"
 
-// -D gives also TILE, steps of a tile: 16, or 8 or 4 where there is little shared memory; WALKERS;
+// -D gives also CHECKPOINT_STEPS, 32 or 64; TILE, steps of a tile: 16, or 8 or 4 where there is
+// little shared memory; WALKERS;
 // HAND_OVER, 1 if there are as many runners, whose registers to spare walkers take; STORED_BUFFERS,
 // tiles of a walker's operands on their way or in use; SEVERAL_PASSES, 0 if `passes` is 1;
 // ONE_STATE, 1 if one_state.cuh does scan_backward's work; CARRY_WARPS, warps of a block of
@@ -54,8 +61,13 @@
 // registers.
 constexpr int GROUP = 4; // steps whose states and decays a walker has in registers
 constexpr int GROUPS = TILE / GROUP;
-constexpr int TILES = CHECKPOINT_STEPS / TILE, HALF = TILES / 2; // tiles of a checkpoint
-static_assert(TILES >= 4 && (TILES & (TILES - 1)) == 0, "periods are cut as above");
+constexpr int TILES = CHECKPOINT_STEPS / TILE; // of a checkpoint
+constexpr int CHECKPOINT_BITS = CHECKPOINT_STEPS == 64 ? 6 : 5;
+static_assert(1 << CHECKPOINT_BITS == CHECKPOINT_STEPS, "32 or 64");
+static_assert(TILES >= 2 && (TILES & (TILES - 1)) == 0, "periods are cut as above");
+// Whether runners take some of them twice, and how many are kept at once.
+constexpr bool TWICE = TILES > 2;
+constexpr int KEPT = TWICE ? TILES / 2 : TILES;
 
 constexpr int RUNNERS = HAND_OVER ? WALKERS : WALKERS < 2 ? 1 : WALKERS / 2;
 // Registers of a thread; all together are what a multiprocessor has.
@@ -139,7 +151,7 @@ DEVICE void clear(real* values) {
 
 // ---------------------------------------------------------------- shared memory
 
-constexpr int STATE_SLOTS = HALF + 1;
+constexpr int STATE_SLOTS = KEPT + 1;
 // A step: two reals for each channel, and a pad that keeps 16 rows in different banks.
 constexpr int PAIR_STRIDE = 2 * WARP_CHANNELS + 2;
 constexpr int SUMS = COEFFICIENTS * PADDED_STATES; // of dB and dC at a step
@@ -169,7 +181,7 @@ struct __align__(16) SetShared {
 // A copy begins in a bank where the lanes that read it together with others meet none of them.
 constexpr int COPY_REALS = TILE * PADDED_STATES + (PADDED_STATES < 32 ? PADDED_STATES : 0);
 // What is staged for a period: for walkers B and C of their tile, for runners B of up to two.
-enum { WALKERS_B, WALKERS_C, RUNNERS_B, ROLES = RUNNERS_B + 2 };
+enum { WALKERS_B, WALKERS_C, RUNNERS_B, ROLES = RUNNERS_B + 1 + TWICE };
 
 // Where a chunk begins. Of packs spans say it.
 DEVICE long long begin_of(const Arguments& a, long long chunk) {
@@ -250,16 +262,17 @@ struct __align__(16) Place {
 #endif
     // Tiles and steps are counted from the chunk's first.
     METHOD int tile_walked(int period) const { return periods - 1 - period; }
-    // Runners are HALF periods ahead of the walkers: in these, two tiles a period, they pass
-    // through the first half of a checkpoint and keep the second; then, one a period, the first.
+    // Runners are KEPT periods ahead of the walkers. Where they take tiles twice, they pass in
+    // these, two tiles a period, through the first half of a checkpoint and keep the second; then,
+    // one a period, the first.
     METHOD int checkpoint_run(int period) const {
-        return periods / TILES - 1 - (period + HALF) / TILES;
+        return periods / TILES - 1 - (period + KEPT) / TILES;
     }
     // The first or second tile that runners run in a period, or one before 0.
     METHOD int tile_run(int period, int i) const {
         const int phase = period & (TILES - 1);
-        if (phase < HALF && i) return -1;
-        return checkpoint_run(period) * TILES + (phase < HALF ? phase : 2 * (phase - HALF) + i);
+        if (phase < KEPT && i) return -1;
+        return checkpoint_run(period) * TILES + (phase < KEPT ? phase : 2 * (phase - KEPT) + i);
     }
 };
 
@@ -272,9 +285,13 @@ struct __align__(16) BlockShared {
 static_assert(ONE_STATE || sizeof(BlockShared) == SHARED_BYTES, "backward.py counts otherwise");
 
 // Which slot a tile's states and steps are kept in. In each period the tile walked, those that
-// wait and those being made are in different ones: tile j of the first half takes the place of
-// tile TILES - j, which was walked in the period before, and tile 0 has one of its own.
-DEVICE int slot_of(int tile) { return tile == 0 ? HALF : tile < HALF ? HALF - tile : tile - HALF; }
+// wait and those being made are in different ones. Of two tiles the first has one of two, in
+// turns. Of more, tile j of the first half takes the place of tile TILES - j, which was walked in
+// the period before, and tile 0 has one of its own.
+DEVICE int slot_of(int tile, int checkpoint) {
+    if (!TWICE) return tile ? 1 : checkpoint % 2 * 2;
+    return tile == 0 ? KEPT : tile < KEPT ? KEPT - tile : tile - KEPT;
+}
 constexpr int FREE_SLOT = 0; // while runners pass through the first half
 
 // A lane's registers to shared memory and back, in 16-byte pieces without bank conflicts.
@@ -482,7 +499,7 @@ DEVICE void add_token_sums(
 ) {
     if constexpr (COEFFICIENTS > 0) {
         constexpr int COUNT = SUMS % 4 == 0 && sizeof(real) == 4 ? 4 : SUMS % 2 == 0 ? 2 : 1;
-        const int left = place.steps - tile * TILE, slot = slot_of(tile % TILES);
+        const int left = place.steps - tile * TILE, slot = slot_of(tile % TILES, tile / TILES);
         const long long column = place.group * a.columns + place.column;
         real* to = a.token_parts +
                    ((column * a.in.b + place.token_row()) * a.in.l + place.begin + tile * TILE) * SUMS;
@@ -540,7 +557,8 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
     auto load_checkpoint = [&](int index) {
 #pragma unroll
         for (int m = 0; m < SETS_PER_RUNNER; m++) {
-            const long long row = checkpoint_row(in, place.batch, place.begin) + index;
+            const long long row =
+                checkpoint_row(in, place.batch, place.begin, CHECKPOINT_BITS) + index;
             const real* from = a.checkpoints + (row * in.d + sets[m].first) * STATES;
             get_states(from, lane, sets[m].channels, checkpoint[m]);
         }
@@ -580,10 +598,10 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
 
     load_checkpoint(place.periods / TILES - 1);
     if (AHEAD) load_stored(place.periods - TILES);
-    stage(-HALF);
+    stage(-KEPT);
     __syncthreads();
 #pragma unroll 1
-    for (int period = -HALF; period < place.periods; period++) {
+    for (int period = -KEPT; period < place.periods; period++) {
         if constexpr (EARLY && COEFFICIENTS > 0)
             if (r < ROLES) begin_to_stage(r, period + 1);
         if constexpr (SUMS_OVER_STATES && COEFFICIENTS > 0) {
@@ -596,8 +614,8 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
         }
         const int index = place.checkpoint_run(period), phase = period & (TILES - 1);
         if (index >= 0) {
-            const bool keep = phase < HALF || phase >= HALF + HALF / 2;
-            if (phase == 0 || phase == HALF) {
+            const bool keep = !TWICE || phase < KEPT || phase >= KEPT + KEPT / 2;
+            if (phase == 0 || phase == KEPT) {
 #pragma unroll
                 for (int m = 0; m < SETS_PER_RUNNER; m++)
 #pragma unroll
@@ -605,9 +623,9 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
             }
             if (phase == 0 && index > 0) load_checkpoint(index - 1);
 #pragma unroll 1
-            for (int i = 0; i < (phase < HALF ? 1 : 2); i++) {
-                const int tile = phase < HALF ? phase : 2 * (phase - HALF) + i;
-                const int slot = keep ? slot_of(tile) : FREE_SLOT;
+            for (int i = 0; i < (phase < KEPT ? 1 : 2); i++) {
+                const int tile = phase < KEPT ? phase : 2 * (phase - KEPT) + i;
+                const int slot = keep ? slot_of(tile, index) : FREE_SLOT;
                 const int at = index * TILES + tile;
                 __syncwarp(); // all lanes have left what the slot held before
                 if (!AHEAD) load_stored(at);
@@ -620,7 +638,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
                 }
                 // the order of a checkpoint's tiles is all of them, then the first half
                 if (AHEAD) {
-                    const int next = phase == HALF - 1   ? (index - 1) * TILES
+                    const int next = phase == KEPT - 1   ? (index - 1) * TILES
                                      : tile == TILES - 1 ? index * TILES
                                                          : at + 1;
                     if (next >= 0) load_stored(next);
@@ -659,7 +677,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
                         for (int m = 0; m < SETS_PER_RUNNER; m++)
                             put_lane(sets[m].states[slot][group], lane_index, h[m]);
                         // what a half that is kept ends with nobody asks
-                        if (group == GROUPS - 1 && tile % HALF == HALF - 1) break;
+                        if (group == GROUPS - 1 && tile % KEPT == KEPT - 1) break;
                     }
 #pragma unroll
                     for (int j = 0; j < GROUP; j++) {
@@ -990,13 +1008,13 @@ DEVICE void walk(const Arguments& a, BlockShared& block) {
 
     fetch(0, place.tile_walked(0));
     // runners get ahead, at last while this waits for the chunk after
-    for (int i = 0; i < (SUMS_OVER_STATES ? 1 : 2) * HALF; i++) __syncthreads();
+    for (int i = 0; i < (SUMS_OVER_STATES ? 1 : 2) * KEPT; i++) __syncthreads();
     receive();
     __syncthreads();
 
 #pragma unroll 1
     for (int period = 0; period < place.periods; period++) {
-        const int tile = place.tile_walked(period), slot = slot_of(tile % TILES);
+        const int tile = place.tile_walked(period), slot = slot_of(tile % TILES, tile / TILES);
         const int buffer = STORED_BUFFERS > 1 ? period & 1 : 0;
         const int thread = thread_index(), lane_index = thread % 32;
         const Set set(shared, lane_index);

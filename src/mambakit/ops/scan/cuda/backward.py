@@ -14,13 +14,21 @@ from ... import _cuda, _spans
 from ..._cuda import Defines
 from ..cpu import Gradients
 from . import packs
-from .operands import CHECKPOINT_STEPS, TYPES, Call, Operands, Rows, warp_channels
+from .operands import (
+    CHECKPOINT_STEPS,
+    FEWER_STEPS,
+    TYPES,
+    Call,
+    Operands,
+    Rows,
+    steps_between,
+    warp_channels,
+)
 
 SOURCE = Path(__file__).with_name("backward.cu")
 
 # As in backward.cu and common.cuh.
 _GROUP = 4
-_ROLES = 4
 _TENSORS = 8
 _PLACE_BYTES = 64
 
@@ -280,7 +288,9 @@ def backward(
     b, l, d, n = call.sizes
     g, scalar, device = call.groups, call.scalar, x.device.index
     gpu = GPU(*_cuda.shared_memory(device), _cuda.hands_over_registers(device))
-    form = _form(call.defines, call.group_channels, gpu)
+    steps = steps_between(checkpoints, b, l, d, n, packed)
+    defines = (*call.defines, ("CHECKPOINT_STEPS", str(steps)))
+    form = _form(defines, call.group_channels, gpu)
     pack = b"" if cu_seqlens is None else _spans.bytes_of(cu_seqlens)
     sequences = b if cu_seqlens is None else len(cu_seqlens) - 1
     if plan is None:
@@ -418,9 +428,10 @@ def _choose(defines: Defines, channels: int, gpu: GPU) -> Form:
     """Choose the form in which most walkers are at work on a multiprocessor.
 
     Shorter tiles are worth less: what is done once for a tile is done more often. A second
-    buffer takes about 1 % more time where there are few states.
+    buffer takes no less time where there are few states and tiles are run twice.
     """
     given = dict(defines)
+    steps = int(given["CHECKPOINT_STEPS"])
     sizes = [_SIZES[given[f"{k}_TYPE"]] for k in ("X", "DT", "COEFFICIENT")]
     own = warp_channels(int(given["STATES"]))
     tokens = given["CONSTANT_B"] == given["CONSTANT_C"] == "0"
@@ -429,7 +440,7 @@ def _choose(defines: Defines, channels: int, gpu: GPU) -> Form:
         blocks = min(_ONE_STATE_BLOCKS, gpu.bytes_in_all // (_ONE_STATE_BYTES + 1024))
         return _build(defines, 1, 1, 16, max(1, blocks), one_state=True)
     tiles = [(1, 16, 1.0), (1, 8, 0.75), (1, 4, 0.5)]
-    if _build(defines, 1, 1, 16).sums > _FEW_SUMS:
+    if steps == FEWER_STEPS or _build(defines, 1, 1, 16).sums > _FEW_SUMS:
         tiles.append((2, 16, 1.05))
     forms = []
     for walkers in (8, 4, 2, 1):
@@ -479,7 +490,9 @@ def _build(
     x, dt, B = (_SIZES[given[f"{k}_TYPE"]] for k in ("X", "DT", "COEFFICIENT"))
     tokens = (given["CONSTANT_B"] == "0") + (given["CONSTANT_C"] == "0")
     sums = tokens * padded
-    slots = CHECKPOINT_STEPS // tile // 2 + 1
+    tiles = int(given["CHECKPOINT_STEPS"]) // tile
+    slots = max(2, tiles // 2) + 1
+    roles = 3 + (tiles > 2)
     over_states = _GROUP * sums <= 64 * per_lane
     stride = 2 * channels + 2
     own = (
@@ -493,7 +506,7 @@ def _build(
     own = -(-own // 16) * 16
     copies = 1 if padded >= 64 or real > 4 else per_lane
     copy = tile * padded + (padded if padded < 32 else 0)
-    coefficients = 2 * _ROLES * copies * copy * real if tokens else 4 * real
+    coefficients = 2 * roles * copies * copy * real if tokens else 4 * real
     shared = -(-(walkers * own + _PLACE_BYTES + coefficients) // 16) * 16
 
     own = tile * (2 * channels * (2 * x + dt) + stride * real)
@@ -523,14 +536,18 @@ def _build(
 def specialisations() -> Iterator[Defines]:
     """Yield the defines of the kernels that a model is likely to ask for, by GPU."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for kilobytes, hopper, dtype, n, packed in (
-        *((227, True, bf16, n, 0) for n in (16, 8, 32)),
-        *((227, True, fp16, 16, 0), (227, True, bf16, 16, 1)),
-        *((227, False, bf16, n, 0) for n in (16, 1, 64)),
-        *((227, False, fp32, 16, 0), (163, False, bf16, 16, 0), (99, False, bf16, 16, 0)),
-        (163, False, bf16, 16, 1),
+    for kilobytes, hopper, dtype, n, packed, steps in (
+        *((227, True, bf16, n, 0, 64) for n in (16, 8, 32)),
+        *((227, True, fp16, 16, 0, 64), (227, True, bf16, 16, 1, 64)),
+        *((227, False, bf16, n, 0, 64) for n in (16, 1, 64)),
+        *((227, False, fp32, 16, 0, 64), (163, False, bf16, 16, 0, 64)),
+        *((99, False, bf16, 16, 0, 64), (163, False, bf16, 16, 1, 64)),
+        *((227, True, dtype, n, 0, 32) for dtype, n in ((bf16, 16), (bf16, 8), (fp16, 16))),
+        *((kilobytes, False, bf16, 16, 0, 32) for kilobytes in (227, 163, 99)),
+        (227, False, fp32, 16, 0, 32),
     ):
         kinds = (
+            ("CHECKPOINT_STEPS", str(steps)),
             ("STATES", str(n)),
             *((f"{k}_TYPE", TYPES[dtype]) for k in ("X", "DT", "COEFFICIENT")),
             ("SOFTPLUS", "1"),

@@ -34,9 +34,6 @@
 
 typedef Wide<X_TYPE> real; // float, or double if x is
 
-// Steps between two saved states. Backward starts from these and runs the steps again.
-constexpr int CHECKPOINT_STEPS = 64;
-
 constexpr real LOG2E = 1.44269504088896340736;
 // What rounding took from LOG2E: it would bend all decays the same way.
 constexpr real LOG2E_REST = real(1.44269504088896340736 - double(LOG2E));
@@ -60,11 +57,14 @@ struct Operands {
     const real* state;                     // (b, d, n), or (sequences, d, n)
 };
 
-// Which checkpoint is the state before a step. Those of a pack's sequences never overlap: a whole
+// Which checkpoint is the state before a step, where one is saved every 2^bits steps: backward
+// starts from these and runs the steps again. Those of a pack's sequences never overlap: a whole
 // number of checkpoints lies between the step and the first one of its sequence.
-DEVICE long long checkpoint_row(const Operands& in, long long sequence, long long step) {
-    const long long rows = (in.l + CHECKPOINT_STEPS - 1) / CHECKPOINT_STEPS;
-    return (PACKED ? sequence : sequence * rows) + step / CHECKPOINT_STEPS;
+DEVICE long long checkpoint_row(
+    const Operands& in, long long sequence, long long step, int bits
+) {
+    const long long rows = (in.l + (1ll << bits) - 1) >> bits;
+    return (PACKED ? sequence : sequence * rows) + (step >> bits);
 }
 
 // ---------------------------------------------------------------- a warp over channels and states

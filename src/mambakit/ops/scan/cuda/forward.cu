@@ -39,12 +39,13 @@ struct Arguments {
     Operands in;
     Rows y;
     real* last_state;  // (b, d, n)
-    real* checkpoints; // (b, l / CHECKPOINT_STEPS, d, n) or null; see checkpoint_row for packs
+    real* checkpoints; // (b, l / 2^checkpoint_bits, d, n) or null; see checkpoint_row for packs
     real* starts;      // (b, chunks, d, n): each chunk's first state; not used for one chunk
     real* sums;        // (b, chunks, d): of dt; where chunks are joined
     int* flags;        // one 0 for each warp with states of its own, or null: chunks are joined
     long long chunks, chunk_steps;
     long long blocks; // of channels in a group
+    long long checkpoint_bits;
     // For packs, where (b, chunks) is one axis that Span::chunk counts. scan_states has spans that
     // others of their sequence follow; scan_join, for each sequence that is cut, one that says
     // which is its first chunk and, as `steps`, how many they are.
@@ -433,9 +434,10 @@ DEVICE void leave_state(const Arguments& a, const Warp& warp, const Task& task, 
             // The room of a sequence is known before its length, and may be one more than it needs;
             // nobody should find there what was in memory before.
             const long long begin = task.begin(a);
-            const int steps = task.steps(a, begin), last = (steps - 1) / CHECKPOINT_STEPS;
-            const long long needed = checkpoint_row(a.in, task.sequence(), begin) + last;
-            const long long room = checkpoint_row(a.in, task.sequence(), begin + steps);
+            const int steps = task.steps(a, begin), bits = (int)a.checkpoint_bits;
+            const long long first = checkpoint_row(a.in, task.sequence(), begin, bits);
+            const long long needed = first + ((steps - 1) >> bits);
+            const long long room = checkpoint_row(a.in, task.sequence(), begin + steps, bits);
             to = a.checkpoints + state_row(a, warp, room);
             if (needed < room) store_states(to, warp.lane, warp.channels.count, h);
         }
@@ -460,9 +462,10 @@ DEVICE void save_checkpoint(
     const real* h
 ) {
     if (PACKED) step = task.begin(a) + first; // asked anew, it takes no registers
-    if (!a.checkpoints || (PACKED ? first : step) % CHECKPOINT_STEPS != 0) return;
-    real* to = a.checkpoints + state_row(a, warp, checkpoint_row(a.in, task.sequence(), step));
-    store_states(to, warp.lane, warp.channels.count, h);
+    const int bits = (int)a.checkpoint_bits, between = (1 << bits) - 1;
+    if (!a.checkpoints || ((int)(PACKED ? first : step) & between) != 0) return;
+    const long long row = checkpoint_row(a.in, task.sequence(), step, bits);
+    store_states(a.checkpoints + state_row(a, warp, row), warp.lane, warp.channels.count, h);
 }
 
 // ---------------------------------------------------------------- warps that walk through time

@@ -40,7 +40,10 @@ class _Arguments(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("last_state", "checkpoints", "starts", "sums", "flags")
         ),
-        *((name, ctypes.c_int64) for name in ("chunks", "chunk_steps", "blocks")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("chunks", "chunk_steps", "blocks", "checkpoint_bits")
+        ),
         ("spans", ctypes.c_void_p),
         ("listed", ctypes.c_int64),
     ]
@@ -192,13 +195,14 @@ def forward(
     *,
     cu_seqlens: Tensor | None = None,
     plan: Plan | None = None,
+    steps: int = CHECKPOINT_STEPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the scan; return ``y``, the last state and, if ``save``, the checkpoints.
 
     ``cu_seqlens`` (s+1), int64 on the CPU, says where the sequences of a pack begin and where
     the last one ends; ``state`` and the last state are then (s, d, n). ``plan`` says how to cut
-    the work; ``None`` leaves that to ``choose`` or ``choose_for_pack``. Neither the batch nor a
-    sequence may be empty.
+    the work; ``None`` leaves that to ``choose`` or ``choose_for_pack``. ``steps``, a power of
+    two, is how many lie between two checkpoints. Neither the batch nor a sequence may be empty.
 
     Raises:
         RuntimeError: The kernels cannot be compiled or run on this GPU.
@@ -216,7 +220,7 @@ def forward(
     defines, warps, shared_bytes = _specialised(call.defines, plan.wide, plan.narrow)
     y = x.new_empty(b, l, d, dtype=call.stored_x)
     last_state = x.new_empty(sequences, d, n, dtype=call.scalar)
-    saved = checkpoint_shape(b, l, d, n, sequences if packed else None)
+    saved = checkpoint_shape(b, l, d, n, sequences if packed else None, steps)
     checkpoints = x.new_empty(saved if save else 0, dtype=call.scalar)
     arguments = _Arguments(
         call.operands,
@@ -225,6 +229,7 @@ def forward(
         checkpoints.data_ptr() if save else None,
     )
     arguments.chunks, arguments.chunk_steps = plan.chunks, plan.chunk_steps
+    arguments.checkpoint_bits = steps.bit_length() - 1
     if packed:
         table = packs.table(pack, plan.chunk_steps, x, handed_on=plan.handed_on)
     else:

@@ -105,7 +105,7 @@ DEVICE void walk_one(const Arguments& a, OneShared& shared) {
     real* const sums_to = a.token_parts +
         (((place.group * a.columns + place.column) * in.b + place.batch) * in.l + place.begin) * SUMS;
     const real* const checkpoints =
-        a.checkpoints + checkpoint_row(in, place.batch, place.begin) * in.d;
+        a.checkpoints + checkpoint_row(in, place.batch, place.begin, CHECKPOINT_BITS) * in.d;
 
     // Lines go along with the spans: those of the way back alone begin where steps end.
     const int last = (steps - 1) / CHECKPOINT_STEPS * CHECKPOINT_STEPS;
