@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing import assert_close
 
 from mambakit.ops import selective_scan, selective_step
@@ -207,13 +206,6 @@ def test_checkpoints_of_another_release_are_refused(fused, draw):
 )
 def test_a_gpu_saves_more_states_where_they_are_little(sizes, packed, steps):
     assert scan_kernels.chosen_steps(torch.device("cuda"), sizes, packed) == steps
-
-
-@pytest.mark.cpu
-def test_sizes_that_are_symbols_are_not_asked():
-    length = ShapeEnv().create_unbacked_symint()
-    sizes = (1, length, 5120, 16)
-    assert scan_kernels.chosen_steps(torch.device("cuda"), sizes, False) == 64
 
 
 @pytest.mark.cpu

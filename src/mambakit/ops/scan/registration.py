@@ -67,14 +67,9 @@ def checkpoint_steps(kernels: dict[str, Kernels], device: torch.device) -> int:
 def chosen_steps(
     kernels: dict[str, Kernels], device: torch.device, sizes: Sequence[int], packed: bool
 ) -> int:
-    """Return the steps between two states to be saved, of a scan of sizes b, l, d and n.
-
-    Sizes that are symbols are not asked: a compiler would trace a graph for each answer.
-    """
+    """Return the steps between two states to be saved, of a scan of sizes b, l, d and n."""
     of = _of(kernels, device)
-    if of.choose_steps is None or not all(type(size) is int for size in sizes):
-        return of.checkpoint_steps
-    return of.choose_steps(*sizes, packed)
+    return of.choose_steps(*sizes, packed) if of.choose_steps else of.checkpoint_steps
 
 
 def checkpoints(b: int, l: int, sequences: int | None, steps: int) -> int:

@@ -36,7 +36,8 @@ def choose_steps(b: int, l: int, d: int, n: int, packed: bool) -> int:
 
     Fewer steps save the backward pass a tenth of its time. With 16 states and 16-bit numbers
     the states then take half of ``x`` more memory, so that is for few channels, where all of it
-    is little, and for short sequences.
+    is little, and for short sequences. Sizes may be symbols: a compiler traces one graph for
+    each answer.
     """
     small = b * d <= _FEW_CHANNELS or l <= _SHORT
     return FEWER_STEPS if small and 1 < n <= 16 and not packed else CHECKPOINT_STEPS
