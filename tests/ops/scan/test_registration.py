@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing import assert_close
 
 from mambakit.ops import selective_scan, selective_step
@@ -206,6 +207,14 @@ def test_checkpoints_of_another_release_are_refused(fused, draw):
 )
 def test_a_gpu_saves_more_states_where_they_are_little(sizes, packed, steps):
     assert scan_kernels.chosen_steps(torch.device("cuda"), sizes, packed) == steps
+
+
+@pytest.mark.cpu
+def test_sizes_that_nobody_knows_are_taken_for_large_ones():
+    length = ShapeEnv().create_unbacked_symint()
+    for d, steps in ((5120, 32), (20480, 64)):
+        sizes = (1, length, d, 16)
+        assert scan_kernels.chosen_steps(torch.device("cuda"), sizes, False) == steps
 
 
 @pytest.mark.cpu

@@ -36,11 +36,19 @@ def choose_steps(b: int, l: int, d: int, n: int, packed: bool) -> int:
 
     Fewer steps save the backward pass a tenth of its time. With 16 states and 16-bit numbers
     the states then take half of ``x`` more memory, so that is for few channels, where all of it
-    is little, and for short sequences. Sizes may be symbols: a compiler traces one graph for
-    each answer.
+    is little, and for short sequences. Sizes may be symbols: a compiler traces a graph for each
+    answer, and takes no for one that it cannot know.
     """
-    small = b * d <= _FEW_CHANNELS or l <= _SHORT
+    small = _holds(b * d <= _FEW_CHANNELS) or _holds(l <= _SHORT)
     return FEWER_STEPS if small and 1 < n <= 16 and not packed else CHECKPOINT_STEPS
+
+
+def _holds(condition: bool | torch.SymBool) -> bool:
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes long to import
+
+    return guard_or_false(condition)
 
 
 def checkpoint_shape(
