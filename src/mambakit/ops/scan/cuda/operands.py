@@ -28,19 +28,19 @@ TYPES = {
 
 # Steps between two saved states; chunks of time are whole multiples of the first.
 CHECKPOINT_STEPS, FEWER_STEPS = 64, 32
-_FEW_CHANNELS, _SHORT = 12288, 1024
+_SHORT, _FEW_CHANNELS, _LONG = 1024, 12288, 16384
 
 
 def choose_steps(b: int, l: int, d: int, n: int, packed: bool) -> int:
     """Return how many steps should lie between two states that ``forward`` saves.
 
     Fewer steps save the backward pass a tenth of its time. With 16 states and 16-bit numbers
-    the states then take half of ``x`` more memory, so that is for few channels, where all of it
-    is little, and for short sequences. Sizes may be symbols: a compiler traces a graph for each
-    answer, and takes no for one that it cannot know.
+    the states then take half of ``x`` more memory, so that is for short sequences, and for few
+    channels unless the sequence is long. Sizes may be symbols: a compiler traces a graph for
+    each answer, and takes no for one that it cannot know.
     """
-    small = _holds(b * d <= _FEW_CHANNELS) or _holds(l <= _SHORT)
-    return FEWER_STEPS if small and 1 < n <= 16 and not packed else CHECKPOINT_STEPS
+    little = _holds(l <= _SHORT) or (_holds(b * d <= _FEW_CHANNELS) and _holds(l <= _LONG))
+    return FEWER_STEPS if little and 1 < n <= 16 and not packed else CHECKPOINT_STEPS
 
 
 def _holds(condition: bool | torch.SymBool) -> bool:
