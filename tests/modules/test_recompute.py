@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from mambakit.modules import Mamba, MixerState
 from mambakit.ops import _backends
+from mambakit.ops.scan import fused as scan_kernels
 from mambakit.ops.scan.fused import checkpoint_steps
 
 
@@ -214,6 +215,25 @@ def test_a_compiled_call_names_the_steps_between_checkpoints(lean):
 
     torch.compile(make(), fullgraph=True, backend=keep)(draw())
     assert f", {checkpoint_steps(torch.device('cpu'))}, False)" in codes[0]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_scans_own_sizes_say_which_states_are_saved(lean, monkeypatch, packed):
+    kernels, asked = scan_kernels._KERNELS["CPU"], []
+
+    def steps_for(*given):
+        asked.append(given)
+        return kernels.checkpoint_steps
+
+    monkeypatch.setitem(scan_kernels._KERNELS, "CPU", kernels._replace(steps_for=steps_for))
+    mixer = make()
+    u = draw()[:1].detach()
+    pack = {"cu_seqlens": torch.tensor([0, 2, u.shape[1]])} if packed else {}
+    y, _ = mixer(u, **pack)
+    assert y.requires_grad
+    sizes = (1, u.shape[1], *mixer.A_log.shape)
+    assert asked == [(u.device, u.dtype, sizes, packed)]
 
 
 def test_second_derivatives_are_refused(lean):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mambakit.ops._autograd import any_requires_grad, refuse_tangents, refuse_transforms
 from mambakit.ops._packing import kept_for_backward
-from mambakit.ops.scan.fused import checkpoint_steps, chosen_steps
+from mambakit.ops.scan.fused import checkpoint_steps, steps_to_save
 
 _INPUTS = (
     "Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
@@ -142,8 +142,7 @@ class _Gradient(torch.autograd.Function):
         *inputs, cu_seqlens = arguments
         inputs.append(kept_for_backward(cu_seqlens))
         xz, A = inputs[0], inputs[5]
-        sizes = (*xz.shape[:2], *A.shape)
-        steps = chosen_steps(xz.device, sizes, cu_seqlens is not None)
+        steps = steps_to_save(xz, (*xz.shape[:2], *A.shape), cu_seqlens is not None)
         with torch._C._AutoDispatchBelowAutograd():
             outputs = torch.ops.mambakit.mix(*inputs, steps, True)
         *_, projected, checkpoints = outputs

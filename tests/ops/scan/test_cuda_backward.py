@@ -333,6 +333,31 @@ def test_a_gpu_with_less_shared_memory_gets_shorter_tiles(
     assert_gradients(assert_near, found, by_autograd(*case, torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "changed", "steps"),
+    [
+        ((1, 8192, 5120, 16), {}, 32),
+        ((64, 512, 2048, 16), {}, 32),
+        ((8, 2048, 2048, 16), {}, 64),
+        ((12, 1025, 1024, 9), {}, 32),
+        ((13, 1025, 1024, 9), {}, 64),  # neither short nor few channels
+        ((13, 1024, 1024, 9), {}, 32),
+        ((1, 65536, 1024, 16), {}, 32),
+        ((1, 65537, 1024, 16), {}, 64),  # much
+        ((1, 257, 8, 16), {}, 32),
+        ((1, 256, 8, 16), {}, 64),  # brief
+        ((1, 512, 8, 8), {}, 64),  # tiles are run twice
+        ((1, 512, 8, 17), {}, 64),
+        ((1, 512, 8, 16), {"dtype": torch.float32}, 64),
+        ((1, 512, 8, 16), {"packed": True}, 64),
+        ((1, 512, 8, 16), {"block_bytes": 163 * 1024}, 64),
+    ],
+)
+def test_more_states_are_saved_where_nothing_is_then_run_twice(sizes, changed, steps):
+    given = {"dtype": torch.bfloat16, "packed": False, "block_bytes": 227 * 1024} | changed
+    assert backward.steps_to_save(*sizes, **given) == steps
+
+
 def test_more_states_than_a_gpu_has_room_for_are_refused(operands, monkeypatch):
     monkeypatch.setattr(_cuda, "shared_memory", lambda _: (48 * 1024, 64 * 1024))
     case = operands(1, 5, 12, 256)

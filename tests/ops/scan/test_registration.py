@@ -6,8 +6,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing import assert_close
 
 from mambakit.ops import selective_scan, selective_step
-from mambakit.ops.scan import fused as scan_kernels
-from mambakit.ops.scan.registration import register
+from mambakit.ops.scan import fused as scan_kernels, registration
+from mambakit.ops.scan.registration import Kernels
 from tests.ops import packs
 
 pytestmark = pytest.mark.compiles
@@ -188,54 +188,77 @@ def test_checkpoints_of_another_release_are_refused(fused, draw):
     *given, steps, save = arguments(draw(), "selective_scan", save=True)
     with pytest.raises(
         RuntimeError,
-        match=rf"cpu kernels keep a state every {steps} steps, .* another release, for 7$",
+        match=rf"cpu kernels keep a state every {steps} steps here, .* for 7$",
     ):
         torch.ops.mambakit.selective_scan(*given, 7, save)
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize(
-    ("sizes", "packed", "steps"),
-    [
-        ((1, 8192, 5120, 16), False, 32),
-        ((64, 512, 2048, 16), False, 32),
-        ((8, 2048, 2048, 16), False, 64),
-        ((1, 65536, 2048, 16), False, 64),
-        ((1, 8192, 5120, 16), True, 64),
-        ((1, 8192, 5120, 64), False, 64),
-        ((1, 8192, 5120, 1), False, 64),
-    ],
-)
-def test_a_gpu_saves_more_states_where_they_are_little(sizes, packed, steps):
-    assert scan_kernels.chosen_steps(torch.device("cuda"), sizes, packed) == steps
+def test_a_forward_is_told_the_steps_that_its_sizes_ask_for(draw):
+    asked, told = [], []
+
+    def forward(x, dt, A, *rest, cu_seqlens, **more):
+        (b, l, d), n, steps = x.shape, A.shape[1], more.get("steps", 64)
+        told.append(more)
+        kept = -(-l // steps) if rest[-1] else 0
+        return x.clone(), x.new_zeros(b, d, n), x.new_zeros(b * kept, d, n)
+
+    def backward(dy, dlast, *given, **more):
+        assert len(given[-2]) == 2 * 2 * 4 * 3  # b * ceil(l / 7) * n * d
+        return [torch.full_like(t, 3) if t is not None else None for t in given[:9]]
+
+    def steps_for(*given):
+        asked.append(given)
+        return 7
+
+    kernels = Kernels(forward, backward, 64, steps_for=steps_for)
+    scan = registration.register("scan_told_its_steps", {"CPU": kernels})
+    operator = torch.ops.mambakit.scan_told_its_steps
+    inputs = draw(l=9, d=3, n=4)
+    given = [inputs.get(name) for name in NAMES]
+    scan(*given, True)
+    assert (asked, told) == ([], [{}])  # nothing is saved
+    assert operator(*given, None, True, 64, True)[2].numel() == 2 * 1 * 4 * 3
+    assert (asked, told) == ([], [{}] * 2)
+    x = given[0].requires_grad_()
+    scan(*given, True)[0].sum().backward()
+    assert x.grad.eq(3).all()
+    assert asked == [(x.device, x.dtype, (2, 9, 3, 4), False)] * 2  # who calls, and the kernel
+    assert told[2:] == [{"steps": 7}]
+    with pytest.raises(RuntimeError, match=r"every 64 or 7 steps here, .* device, for 9$"):
+        operator(*(t.detach() for t in given), None, True, 9, True)
 
 
 @pytest.mark.cpu
-def test_sizes_that_nobody_knows_are_taken_for_large_ones():
-    length = ShapeEnv().create_unbacked_symint()
-    sizes = (1, length, 5120, 16)
-    assert scan_kernels.chosen_steps(torch.device("cuda"), sizes, False) == 64
+def test_sizes_that_are_symbols_are_not_asked():
+    def never(*given):
+        raise AssertionError
+
+    kernels = {"CPU": Kernels(never, never, 64, steps_for=never)}
+    sizes = (1, ShapeEnv().create_unbacked_symint(), 32, 16)
+    assert registration.steps_to_save(kernels, torch.ones(1), sizes, False) == 64
 
 
 @pytest.mark.cpu
-def test_what_the_sizes_ask_for_is_saved(fused, draw, monkeypatch):
-    """By kernels that can: here by such as take their own steps for any."""
-    kernels, asked = scan_kernels._KERNELS["CPU"], []
+def test_training_is_exported_with_any_length(fused, draw, monkeypatch):
+    """Although the states that are saved may depend on it."""
+    kernels = scan_kernels._KERNELS["CPU"]
 
-    def forward(*given, steps, **more):
-        asked.append(steps)
-        return kernels.forward(*given, **more)
+    def steps_for(device, dtype, sizes, packed):
+        return kernels.checkpoint_steps if sizes[1] > 100 else kernels.checkpoint_steps + 0
 
-    own, sizes = kernels.checkpoint_steps, []
-    given = {"choose_steps": lambda *given: sizes.append(given) or own, "other_steps": (7,)}
-    registered = kernels._replace(forward=forward, **given)
-    scan = register("scan_of_a_test", {"CPU": registered})
-    inputs = draw()
-    inputs["x"].requires_grad_()
-    scan(*(inputs.get(name) for name in NAMES), True)[0].sum().backward()
-    assert sizes == [(*inputs["x"].shape, inputs["A"].shape[1], False)]
-    assert asked == [own]
-    assert inputs["x"].grad is not None
+    monkeypatch.setitem(scan_kernels._KERNELS, "CPU", kernels._replace(steps_for=steps_for))
+
+    def inputs(l):
+        drawn = draw(l=l, dtype=torch.float32)
+        return tuple(drawn[k].requires_grad_() for k in ("x", "dt", "A", "B", "C"))
+
+    l = torch.export.Dim("l", min=2, max=1 << 20)
+    dynamic = {"x": {1: l}, "dt": {1: l}, "A": None, "B": {1: l}, "C": {1: l}}
+    program = torch.export.export(_Scan("fused"), inputs(70), dynamic_shapes=dynamic)
+    for length in (2, 300):
+        given = inputs(length)
+        assert_close(program.module()(*given).y, _Scan("fused")(*given).y)
 
 
 @pytest.mark.parametrize("l", [0, 151])

@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _cuda
 from .._backends import fused_kernels
 from . import cpu, registration
 from .cuda import backward as cuda_backward, forward as cuda_forward
-from .cuda.operands import CHECKPOINT_STEPS, FEWER_STEPS, choose_steps
+from .cuda.operands import CHECKPOINT_STEPS
 from .registration import Kernels, register
+
+
+def _steps_on_gpu(
+    device: torch.device, dtype: torch.dtype, sizes: Sequence[int], packed: bool
+) -> int:
+    if fused_kernels("selective_scan", device).kind != "cuda":
+        return CHECKPOINT_STEPS
+    room, _ = _cuda.shared_memory(device.index)
+    return cuda_backward.steps_to_save(*sizes, dtype=dtype, packed=packed, block_bytes=room)
 
 
 def _forward_on_gpu(x: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,8 +54,7 @@ _ON_GPU = Kernels(
     _backward_on_gpu,
     CHECKPOINT_STEPS,
     takes_dgate=True,
-    other_steps=(FEWER_STEPS,),
-    choose_steps=choose_steps,
+    steps_for=_steps_on_gpu,
 )
 _KERNELS = {
     "CPU": Kernels(cpu.forward, cpu.backward, cpu.TILE_STEPS),
@@ -57,10 +66,13 @@ scan = register("selective_scan", _KERNELS)
 
 
 def checkpoint_steps(device: torch.device) -> int:
-    """Return the steps between two states that are saved on ``device``, of unknown sizes."""
+    """Return the steps that a call on ``device`` names if it saves no states."""
     return registration.checkpoint_steps(_KERNELS, device)
 
 
-def chosen_steps(device: torch.device, sizes: Sequence[int], packed: bool) -> int:
-    """Return the steps between two states to be saved, of a scan of sizes b, l, d and n."""
-    return registration.chosen_steps(_KERNELS, device, sizes, packed)
+def steps_to_save(x: Tensor, sizes: Sequence[int], packed: bool) -> int:
+    """Return the steps between two states to be saved, of a scan of sizes b, l, d and n.
+
+    ``x`` is any tensor of its dtype, where it lies.
+    """
+    return registration.steps_to_save(_KERNELS, x, sizes, packed)

@@ -27,19 +27,19 @@ class Kernels(NamedTuple):
     """What one kind of device brings to an operator.
 
     Beside the inputs ``forward`` saves for ``backward`` one state every ``checkpoint_steps``
-    steps of a sequence, in an order of its own; 0 says that it saves none. ``other_steps`` may
-    be asked for with the keyword ``steps``, and ``choose_steps`` says when: by the sizes b, l,
-    d and n, and whether it is a pack. ``takes_dgate`` says that ``backward`` takes ``dgate``,
-    room for the gate's gradient, which it uses if it can. Both take the keyword ``cu_seqlens``:
-    ``None``, or where the sequences of a pack lie.
+    steps of a sequence, in an order of its own; 0 says that it saves none. ``takes_dgate`` says
+    that ``backward`` takes ``dgate``, room for the gate's gradient, which it uses if it can.
+    Both take the keyword ``cu_seqlens``: ``None``, or where the sequences of a pack lie.
+    ``steps_for``, if there is one, may name other steps than ``checkpoint_steps``, by the
+    device and dtype of ``x``, the sizes b, l, d and n, and whether it is a pack; ``forward``
+    then takes the keyword ``steps``.
     """
 
     forward: Forward
     backward: Backward
     checkpoint_steps: int
     takes_dgate: bool = False
-    other_steps: tuple[int, ...] = ()
-    choose_steps: Callable[..., int] | None = None
+    steps_for: Callable[[torch.device, torch.dtype, Sequence[int], bool], int] | None = None
 
 
 _INPUTS = (
@@ -60,16 +60,22 @@ def _of(kernels: dict[str, Kernels], device: torch.device) -> Kernels:
 
 
 def checkpoint_steps(kernels: dict[str, Kernels], device: torch.device) -> int:
-    """Return the steps between two states that are saved on ``device``, of unknown sizes."""
+    """Return the steps that a call on ``device`` names if it saves no states."""
     return _of(kernels, device).checkpoint_steps
 
 
-def chosen_steps(
-    kernels: dict[str, Kernels], device: torch.device, sizes: Sequence[int], packed: bool
+def steps_to_save(
+    kernels: dict[str, Kernels], x: Tensor, sizes: Sequence[int], packed: bool
 ) -> int:
-    """Return the steps between two states to be saved, of a scan of sizes b, l, d and n."""
-    of = _of(kernels, device)
-    return of.choose_steps(*sizes, packed) if of.choose_steps else of.checkpoint_steps
+    """Return the steps between two states to be saved, of a scan of sizes b, l, d and n.
+
+    ``x`` is any tensor of its dtype, where it lies. Sizes that are symbols are not asked: that
+    would bind a compiled or exported graph to some lengths.
+    """
+    of = _of(kernels, x.device)
+    if of.steps_for is None or not all(type(size) is int for size in sizes):
+        return of.checkpoint_steps
+    return of.steps_for(x.device, x.dtype, sizes, packed)
 
 
 def checkpoints(b: int, l: int, sequences: int | None, steps: int) -> int:
@@ -168,19 +174,23 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
     def implement(key: str, of: Kernels) -> None:
         def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             *given, cu_seqlens, dt_softplus, steps, save = rest
-            if save and steps not in (of.checkpoint_steps, *of.other_steps):
-                raise RuntimeError(
-                    f"selective_scan: {x.device.type} kernels keep a state every "
-                    f"{of.checkpoint_steps} steps, and this call was compiled by another "
-                    f"release, for {steps}"
-                )
+            if save and steps != of.checkpoint_steps:
+                sizes, packed = (*x.shape, given[1].shape[1]), cu_seqlens is not None
+                chosen = steps_to_save(kernels, x, sizes, packed)
+                if steps != chosen:
+                    either = "" if chosen == of.checkpoint_steps else f" or {chosen}"
+                    raise RuntimeError(
+                        f"selective_scan: {x.device.type} kernels keep a state every "
+                        f"{of.checkpoint_steps}{either} steps here, and this call was compiled "
+                        f"by another release or for another device, for {steps}"
+                    )
             if cu_seqlens is not None:
                 bounds("selective_scan", cu_seqlens, x.shape[1])
             if x.numel() == 0:
                 return forward_of_nothing(x, *rest)
-            asked = {"steps": steps} if save and of.other_steps else {}
+            more = {"steps": steps} if save and steps != of.checkpoint_steps else {}
             y, last, kept = of.forward(
-                x, *given, dt_softplus, save, cu_seqlens=cu_seqlens, **asked
+                x, *given, dt_softplus, save, cu_seqlens=cu_seqlens, **more
             )
             return y, last, kept.view(-1)
 
@@ -224,7 +234,7 @@ def register(name: str, kernels: dict[str, Kernels]) -> Scan:
             *inputs, dt_softplus, _, _ = arguments
             # not those of the call, which an older release may have exported
             x, A, packed = inputs[0], inputs[2], inputs[-1] is not None
-            steps = chosen_steps(kernels, x.device, (*x.shape, A.shape[1]), packed)
+            steps = steps_to_save(kernels, x, (*x.shape, A.shape[1]), packed)
             inputs[-1] = kept_for_backward(inputs[-1])
             with torch._C._AutoDispatchBelowAutograd():
                 y, last, kept = forward_op(*inputs, dt_softplus, steps, True)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cuda.operands import CHECKPOINT_STEPS, checkpoint_shape, steps_between
+from .cuda.operands import CHECKPOINT_STEPS, checkpoint_shape
 
 __all__ = ["backward", "checkpoint_shape", "forward"]
 
@@ -56,13 +56,11 @@ def forward(
     save: bool,
     *,
     cu_seqlens: Tensor | None = None,
-    steps: int = CHECKPOINT_STEPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the scan; return ``y``, the last state and, if ``save``, the checkpoints.
 
     ``cu_seqlens`` (s+1), int64 on the CPU, says where the sequences of a pack begin and where
-    the last one ends; ``state`` and the last state are then (s, d, n). ``steps`` is how many
-    lie between two checkpoints.
+    the last one ends; ``state`` and the last state are then (s, d, n).
 
     Raises:
         RuntimeError: A CUDA graph is being captured, and this is a pack.
@@ -71,7 +69,7 @@ def forward(
     b, l, d, n = call.sizes
     y = x.new_empty(b, l, d)
     last = x.new_empty(call.rows, d, n, dtype=call.wide)
-    saved = checkpoint_shape(b, l, d, n, None if cu_seqlens is None else call.rows, steps)
+    saved = checkpoint_shape(b, l, d, n, None if cu_seqlens is None else call.rows)
     checkpoints = x.new_empty(saved if save else 0, dtype=call.wide)
     with torch.accelerator.device_index(x.device.index):
         _forward[(call.rows * call.groups * call.blocks,)](
@@ -80,7 +78,6 @@ def forward(
             last=last,
             checkpoints=checkpoints if save else None,
             **call.constants,
-            STEPS=steps,
             GROUP=_FORWARD_GROUP,
         )
     return y, last, checkpoints
@@ -132,8 +129,7 @@ def backward(
     together = rows
     if cu_seqlens is not None:
         together = min(rows, max(1, _MOST_PROGRAMS // (groups * slots)))
-    steps = steps_between(checkpoints, b, l, d, n, cu_seqlens is not None)
-    parts = steps // _BACKWARD_GROUP
+    parts = CHECKPOINT_STEPS // _BACKWARD_GROUP
     scratch = room(together * groups * slots, parts, call.channels, call.states)
     turns = itertools.product(range(0, blocks, slots), range(0, rows, together))
     with torch.accelerator.device_index(x.device.index):
@@ -161,7 +157,6 @@ def backward(
                 first_row=first_row,
                 count=count,
                 **call.constants,
-                STEPS=steps,
                 GROUP=_BACKWARD_GROUP,
             )
     return (
@@ -240,6 +235,7 @@ class _Call:
             "WIDE": tl.float64 if self.wide == torch.float64 else tl.float32,
             "CHANNELS": self.channels,
             "STATES": self.states,
+            "STEPS": CHECKPOINT_STEPS,
             "num_warps": max(1, self.channels * self.states // _WARP_ELEMENTS),
         }
 

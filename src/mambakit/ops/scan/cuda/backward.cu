@@ -20,8 +20,8 @@
 // There are half as many runners as walkers, or as many where they can give registers away that
 // walkers need (HAND_OVER). With one state a channel all this is not needed: see one_state.cuh.
 //
-// Two tiles of a checkpoint and one of the next fit in shared memory. Where these are all its
-// tiles, runners make one in each period, and walkers take them from the last to the first:
+// Of a checkpoint's tiles two or half fit in shared memory, and one of the next. Where these are
+// all, runners make one in each period, and walkers take them from the last to the first:
 //
 //     period       -2     -1      0      1      2      3      4 ...
 //     runners       0      1      0      1      0      1      0
@@ -53,12 +53,11 @@
 #include "common.cuh"
 
 // -D gives also CHECKPOINT_STEPS, 32 or 64; TILE, steps of a tile: 16, or 8 or 4 where there is
-// little shared memory; WALKERS;
-// HAND_OVER, 1 if there are as many runners, whose registers to spare walkers take; STORED_BUFFERS,
-// tiles of a walker's operands on their way or in use; SEVERAL_PASSES, 0 if `passes` is 1;
-// ONE_STATE, 1 if one_state.cuh does scan_backward's work; CARRY_WARPS, warps of a block of
-// scan_carries; BLOCKS and CARRY_BLOCKS, for how many blocks of the two a multiprocessor has
-// registers.
+// little shared memory; WALKERS; HAND_OVER, 1 if there are as many runners, whose registers to
+// spare walkers take; STORED_BUFFERS, tiles of a walker's operands on their way or in use;
+// SEVERAL_PASSES, 0 if `passes` is 1; ONE_STATE, 1 if one_state.cuh does scan_backward's work;
+// CARRY_WARPS, warps of a block of scan_carries; BLOCKS and CARRY_BLOCKS, for how many blocks of
+// the two a multiprocessor has registers.
 constexpr int GROUP = 4; // steps whose states and decays a walker has in registers
 constexpr int GROUPS = TILE / GROUP;
 constexpr int TILES = CHECKPOINT_STEPS / TILE; // of a checkpoint
@@ -292,7 +291,7 @@ DEVICE int slot_of(int tile, int checkpoint) {
     if (!TWICE) return tile ? 1 : checkpoint % 2 * 2;
     return tile == 0 ? KEPT : tile < KEPT ? KEPT - tile : tile - KEPT;
 }
-constexpr int FREE_SLOT = 0; // while runners pass through the first half
+constexpr int FREE_SLOT = 0; // while runners pass through the first half, if they do
 
 // A lane's registers to shared memory and back, in 16-byte pieces without bank conflicts.
 constexpr int LANE_VECTOR = LANE_ELEMENTS * sizeof(real) < 16 ? LANE_ELEMENTS : 16 / sizeof(real);
@@ -636,7 +635,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
                         sets[m].steps[slot], stored[m], set, in.dt_bias, place.steps - at * TILE
                     );
                 }
-                // the order of a checkpoint's tiles is all of them, then the first half
+                // of a checkpoint come all tiles and then, if they are run twice, the first half
                 if (AHEAD) {
                     const int next = phase == KEPT - 1   ? (index - 1) * TILES
                                      : tile == TILES - 1 ? index * TILES
@@ -676,7 +675,7 @@ DEVICE void run(const Arguments& a, BlockShared& block) {
 #pragma unroll
                         for (int m = 0; m < SETS_PER_RUNNER; m++)
                             put_lane(sets[m].states[slot][group], lane_index, h[m]);
-                        // what a half that is kept ends with nobody asks
+                        // what the tiles that are kept end with nobody asks
                         if (group == GROUPS - 1 && tile % KEPT == KEPT - 1) break;
                     }
 #pragma unroll

@@ -28,27 +28,6 @@ TYPES = {
 
 # Steps between two saved states; chunks of time are whole multiples of the first.
 CHECKPOINT_STEPS, FEWER_STEPS = 64, 32
-_SHORT, _FEW_CHANNELS, _LONG = 1024, 12288, 16384
-
-
-def choose_steps(b: int, l: int, d: int, n: int, packed: bool) -> int:
-    """Return how many steps should lie between two states that ``forward`` saves.
-
-    Fewer steps save the backward pass a tenth of its time. With 16 states and 16-bit numbers
-    the states then take half of ``x`` more memory, so that is for short sequences, and for few
-    channels unless the sequence is long. Sizes may be symbols: a compiler traces a graph for
-    each answer, and takes no for one that it cannot know.
-    """
-    little = _holds(l <= _SHORT) or (_holds(b * d <= _FEW_CHANNELS) and _holds(l <= _LONG))
-    return FEWER_STEPS if little and 1 < n <= 16 and not packed else CHECKPOINT_STEPS
-
-
-def _holds(condition: bool | torch.SymBool) -> bool:
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes long to import
-
-    return guard_or_false(condition)
 
 
 def checkpoint_shape(
@@ -68,9 +47,10 @@ def checkpoint_shape(
 def steps_between(checkpoints: Tensor, b: int, l: int, d: int, n: int, packed: bool) -> int:
     """Return how many steps lie between the states that ``forward`` has saved."""
     rows = checkpoints.numel() // (b * d * n)
-    # where fewer steps would leave as many, there is one for each sequence
-    many = packed or rows == -(-l // CHECKPOINT_STEPS)
-    return CHECKPOINT_STEPS if many else FEWER_STEPS
+    # up to 32 steps both leave one state, and either reading is right
+    if packed or rows == -(-l // CHECKPOINT_STEPS):
+        return CHECKPOINT_STEPS
+    return FEWER_STEPS
 
 
 def warp_channels(n: int, narrow: bool = False) -> int:
