@@ -17,8 +17,10 @@ from mambakit.modules import RMSNorm
 from mambakit.ops import causal_conv1d, selective_scan
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# b, l, d, n: one block and several, odd numbers of everything, one state and many
+# b, l, d, n: one block and several, odd numbers of everything, one state and many; so long that
+# more states are saved
 SHAPES = [(1, 1, 1, 1), (2, 67, 83, 16), (2, 200, 40, 1), (1, 131, 17, 5), (1, 70, 33, 64)]
+SHAPES += [(1, 300, 140, 16)]
 PACK = [1, 40, 3, 100, 64]
 # a warp, some and many to a row; more than registers hold; odd widths, and whole packets
 NORMS = [(9, 7), (5, 40), (3, 1001), (3, 2048), (2, 16384), (2, 20000), (2, 20001)]

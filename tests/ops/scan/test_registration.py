@@ -229,6 +229,21 @@ def test_a_forward_is_told_the_steps_that_its_sizes_ask_for(draw):
         operator(*(t.detach() for t in given), None, True, 9, True)
 
 
+def test_gradients_where_a_gpu_saves_more_states(fused, draw):
+    inputs = draw(b=2, l=300, d=40, n=16, dtype=torch.bfloat16)
+    leaves = {k: v.requires_grad_() for k, v in inputs.items() if torch.is_tensor(v)}
+
+    def gradients(backend):
+        y, state = selective_scan(**inputs, backend=backend)
+        return torch.autograd.grad(y.float().sum() + state.sum(), list(leaves.values()))
+
+    for name, found, wanted in zip(
+        leaves, gradients("fused"), gradients("reference"), strict=True
+    ):
+        unit = wanted.float().square().mean().sqrt()
+        assert (found - wanted).float().square().mean().sqrt() < 0.01 * unit, name
+
+
 @pytest.mark.cpu
 def test_sizes_that_are_symbols_are_not_asked():
     def never(*given):
