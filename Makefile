@@ -43,19 +43,22 @@ types: $(VENV)/.dev
 layers: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo
 
-# Operations, modules and models once more, with every jaxtyping annotation checked at each call.
+# Operations, modules, models and generation once more, with every annotation checked at each call.
 # The kernels of other devices are under the same interface, and slow on a processor; so are many
 # draws of the modes.
 contracts: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/ops tests/modules $(CONTRACTS) -q -n logical \
 	    -m "not compiles and not refuses" \
 	    --ignore tests/ops/scan/test_triton.py --ignore tests/ops/scan/test_triton_compiles.py \
-	    -k "not cuda and not generate_is_generations \
-	        and (not every_mode_is_each_sequence_alone or mixer)" \
-	    --jaxtyping-packages=mambakit,beartype.beartype
+	    -k "not cuda and (not every_mode_is_each_sequence_alone or mixer)" \
+	    --jaxtyping-packages="mambakit,$(CHECKER)"
 
+# To beartype an int is a float only if it is told.
+CHECKER = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 CONTRACTS = tests/data/test_batches.py \
-    $(patsubst %,tests/models/test_%.py,backbone config documents language layouts modes parity state)
+    $(patsubst %,tests/models/test_%.py,backbone config documents language layouts modes parity state) \
+    $(patsubst %,tests/generation/test_%.py,beam chance complete generate history sampling \
+        speculative text)
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical

@@ -138,6 +138,12 @@ class TestTrain:
         left = {path.name for path in trained.iterdir()}
         assert {"config.toml", "tokenizer.json", "metrics.jsonl", "checkpoints"} <= left
 
+    @pytest.mark.skipif(os.name != "posix", reason="files have no such permissions here")
+    def test_who_may_read_the_config_may_read_the_weights(self, trained):
+        modes = {path.name: path.stat().st_mode for path in files(trained)}
+        assert {"config.toml", "model.safetensors", "training.safetensors"} <= modes.keys()
+        assert len({*modes.values()}) == 1, modes
+
     def test_set_wins_over_the_file(self, place, capsys):
         config = write_config(place)
         code = cli.main(
@@ -362,11 +368,13 @@ class TestGenerate:
     def test_a_device_that_cannot_be_used_is_one_sentence(self, run, place, capsys, command):
         what = ["--prompt", "a"] if command == "generate" else ["text.txt"]
         for device, words in (
-            ("gpu", f"{command}: --device must be auto or a PyTorch device, got 'gpu'"),
-            ("meta", f"{command}: --device must be one that computes, got 'meta'"),
-            ("cuda:99", f"{command}: --device 'cuda:99' cannot be used: "),
+            ("gpu", "auto or a PyTorch device such as cpu or cuda:0, got 'gpu'"),
+            ("meta", "one that computes, got 'meta'"),
+            ("cuda:99", "auto or a device that is here ("),
+            ("privateuseone", "auto or a device that is here ("),
         ):
-            assert words in refused(capsys, command, run, *what, "--device", device)
+            said = refused(capsys, command, run, *what, "--device", device)
+            assert said.startswith(f"mambakit: {command}: --device must be {words}")
 
     def test_weights_may_be_rounded(self, run, capsys):
         arguments = ["generate", str(run), "--prompt", "To be", "--max-new-tokens", "12"]
@@ -480,6 +488,14 @@ class TestEvaluate:
         (place / "latin.txt").write_bytes(b"n\xe9")
         for name in ("nowhere.txt", "empty.txt", "latin.txt"):
             assert name in refused(capsys, "evaluate", run, name)
+
+    def test_a_folder_without_text_is_one_sentence(self, run, place, capsys):
+        (place / "nothing" / "below").mkdir(parents=True)
+        said = refused(capsys, "evaluate", run, "text.txt", "nothing")
+        assert said == "mambakit: data: the folder nothing must hold files, got none\n"
+        (place / "nothing" / "below" / "empty.txt").touch()
+        said = refused(capsys, "evaluate", run, "nothing")
+        assert said == "mambakit: data: nothing must hold text, got only empty files\n"
 
 
 class TestConvert:

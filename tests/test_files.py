@@ -2,8 +2,11 @@
 
 import errno
 import os
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mambakit._files import read_text, replacing, require_writable, sweep
 
@@ -49,6 +52,34 @@ def test_a_folder_appears_whole(tmp_path):
         (temporary / "a").write_text("1")
         assert not (tmp_path / "deep" / "folder").exists()
     assert (tmp_path / "deep" / "folder" / "a").read_text() == "1"
+
+
+@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have no such permissions here")
+@pytest.mark.parametrize("old", [None, 0o600, 0o666])
+def test_files_have_the_permissions_of_new_ones(tmp_path, umask, old):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    if old is not None:
+        file.touch()
+        file.chmod(old)
+    with replacing(file) as temporary:
+        save_file({"a": torch.zeros(2)}, temporary)
+    with replacing(folder) as temporary:
+        (temporary / "below").mkdir(parents=True)
+        save_file({"a": torch.zeros(2)}, temporary / "below" / "a")
+        (temporary / "b").touch()
+    plain = 0o666 & ~umask
+    for path in (file, folder / "below" / "a", folder / "b"):
+        assert stat.S_IMODE(path.stat().st_mode) == plain, path
+    for path in (folder, folder / "below"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~umask, path
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):

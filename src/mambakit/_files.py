@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,27 @@ def _sync_names(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _mode_of_new(path: Path) -> int:
+    """Return the permissions of a file that ``open`` makes at ``path``, where there is none.
+
+    The umask can only be asked for by setting it, which another thread's files would notice;
+    and it is not all: folders may have rules of their own. A file that is made says both.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
+
+
+def _permit(path: Path, mode: int) -> None:
+    """Give a file, or every file of a folder, these permissions where it has others."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            _permit(entry, mode)
+    elif stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -50,7 +72,8 @@ def replacing(target: Path) -> Iterator[Path]:
 
     The caller writes a file, or makes a folder, at the path given. A process killed at
     any moment, or a disk that fills up, leaves whatever was at ``target`` as it was.
-    A folder can only be new: one that exists is never overwritten.
+    A folder can only be new: one that exists is never overwritten. All files get the
+    permissions of new ones, as ``open`` would make them at ``target``.
 
     Args:
         target: The path that is to exist whole or not at all.
@@ -73,7 +96,11 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
+        mode = _mode_of_new(temporary)
         yield temporary
+        # safetensors leaves files that only their owner may read. The permissions of a file
+        # that is replaced go with it: this one is new.
+        _permit(temporary, mode)
         sync(temporary)
         os.replace(temporary, target)
         _sync_names(target.parent)

@@ -52,6 +52,12 @@ def test_a_place_without_text_is_named(tmp_path, place, sentence):
     assert place in str(refusal.value)
 
 
+def test_a_folder_of_which_every_file_counts_must_hold_one(tmp_path):
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"the folder .*folder must hold files, got none$"):
+        find_documents([str(tmp_path / "folder")], ["*"])
+
+
 def test_a_file_that_shrank_is_named(tmp_path):
     write(tmp_path, a_txt="12345")
     (document,) = find_documents([str(tmp_path / "a.txt")])

@@ -152,3 +152,10 @@ def test_files_that_cannot_be_scored_are_named(model, tmp_path):
     (tmp_path / "c.txt").write_text("abc")
     with pytest.raises(ValueError, match=r"c\.txt: character tokenizer: .* got 'c'"):
         evaluate_files(model, characters, [tmp_path / "c.txt"])
+
+
+def test_a_text_without_a_token_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: np.array([], np.int64))
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"blank\.txt: its text must have tokens, got none$"):
+        evaluate_files(model, ByteTokenizer(), [tmp_path / "blank.txt"])

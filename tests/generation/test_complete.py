@@ -210,6 +210,7 @@ def test_a_bookmark_goes_through_a_file_and_forks(model, prompts, tmp_path):
     assert lists(rows.tokens) == [expected.tokens[3].tolist()] * 2
 
 
+@pytest.mark.refuses  # NumPy's numbers are none to who checks annotations
 @pytest.mark.parametrize(
     ("index", "rows"),
     [
@@ -227,6 +228,7 @@ def test_a_bookmarks_places_are_indexed_like_states(model, prompts, index, rows)
     assert torch.equal(some.state.layers[0].ssm, place.state.layers[0].ssm[rows])
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize("index", [4, True, 1.0, torch.tensor(4)])
 def test_a_place_that_there_is_not_is_no_index(model, prompts, index):
     with pytest.raises(IndexError, match="of 4 does not exist"):
@@ -308,6 +310,7 @@ def test_reasons_and_texts_of_stop_strings():
         assert "".join(piece for at, piece in pieces if at == row) == done.texts[row]
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("prompts", "settings", "message"),
     [
@@ -339,12 +342,12 @@ def test_reasons_and_texts_of_stop_strings():
         ),
     ],
 )
-@pytest.mark.cpu
 def test_bad_input_is_refused(model, prompts, settings, message):
     with pytest.raises(ValueError, match=f"generate: .*{message}"):
         complete(model, prompts, **{"max_new_tokens": 1} | settings)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize("use", [generate, complete, beam_search, stream])
 def test_what_is_no_model_is_refused(use):
     for other in (3, torch.nn.Linear(2, 2)):
@@ -353,6 +356,7 @@ def test_what_is_no_model_is_refused(use):
             use(other, torch.tensor([[1]]), max_new_tokens=1)
 
 
+@pytest.mark.refuses
 def test_a_bookmark_of_another_number_of_rows_is_refused(model, prompts):
     place = complete(model, prompts, **GREEDY).bookmark
     with pytest.raises(ValueError, match="one sequence for each prompt, 2, got 4"):
@@ -363,6 +367,7 @@ def test_a_bookmark_of_another_number_of_rows_is_refused(model, prompts):
         Bookmark(place.state, place.unread, written=place.unread)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize("k", [3, -2, 2.0, "2"])
 def test_a_bookmark_forks_as_its_state_does(make_model, k):
     """What the state refuses the bookmark does, by the same sentence."""

@@ -156,6 +156,7 @@ def test_logits_that_are_no_numbers_are_refused(model, settings, stop_tokens):
         generate(spoilt, draw(), max_new_tokens=3, stop_tokens=stop_tokens, **settings)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -169,12 +170,12 @@ def test_logits_that_are_no_numbers_are_refused(model, settings, stop_tokens):
         (torch.zeros(1, 2, dtype=torch.int64, device="meta"), "be on cpu .*got meta"),
     ],
 )
-@pytest.mark.cpu
 def test_bad_prompts_are_refused(model, tokens, message):
     with pytest.raises(ValueError, match=f"generate: tokens must .*{message}"):
         generate(model, tokens, max_new_tokens=1)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -314,6 +315,7 @@ def test_a_row_draws_the_same_whichever_rows_have_left(model):
         assert row == whole[:at] + end * (len(row) - at)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("state", "message"),
     [

@@ -51,6 +51,7 @@ def test_it_holds_the_memory_of_its_states(states):
     assert shared.nbytes == states[0].nbytes
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize("tokens", [3, -1, 1.5, "1"])
 def test_it_reaches_back_so_far_and_no_further(states, tokens):
     with pytest.raises(
@@ -59,6 +60,7 @@ def test_it_reaches_back_so_far_and_no_further(states, tokens):
         filled(states, 2).rewind(tokens)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize("depth", [-1, "2", 1.5, True])
 def test_a_depth_that_is_no_count_is_refused(states, depth):
     sentence = f"^StateHistory: depth must be a whole number of at least 0, got {depth!r}$"
@@ -66,6 +68,7 @@ def test_a_depth_that_is_no_count_is_refused(states, depth):
         StateHistory(states[0], depth)
 
 
+@pytest.mark.refuses
 def test_what_is_no_state_is_refused(states):
     with pytest.raises(ValueError, match="StateHistory: state must be a ModelState, got int"):
         StateHistory(states[0], 2).push(3)

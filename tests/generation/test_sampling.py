@@ -229,6 +229,7 @@ def test_short_dtypes_are_drawn_in_float32():
     assert SamplingRules(0.5).apply(torch.randn(1, 4).bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [

@@ -299,6 +299,7 @@ def test_no_work_is_done_after_a_stop_string(model):
     assert len(calls) < 10
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
@@ -343,6 +344,7 @@ def test_each_prompt_may_have_stop_strings_of_its_own(model, samples):
     )
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("stop", "words"),
     [

@@ -85,6 +85,7 @@ def test_a_draft_changes_no_probability(make_model, model, prompts, weights, cou
         assert_close(tuple(found), tuple(wanted))
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize("search", [complete, beam_search])
 @pytest.mark.parametrize("weights", ["int4", "", 8, torch.int8, ["int8"]])
 def test_other_weights_are_refused(model, prompts, search, weights):

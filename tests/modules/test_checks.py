@@ -1,4 +1,4 @@
-"""Laws of the door: what Mamba and Block cannot take gets one sentence, in their own name."""
+"""Laws of the door: what a module cannot take gets one sentence, in the module's own name."""
 
 import re
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from mambakit.modules import Block, Mamba, MixerState
+from mambakit.modules import Block, Mamba, MixerState, RMSNorm
 
 M = 16
 KINDS = ["Mamba", "Block"]
@@ -53,6 +53,28 @@ def part(size, b=2, **settings):
 def test_what_is_no_stream_of_its_width_is_refused(kind, x, message):
     with pytest.raises(ValueError, match=f"^{kind}: {re.escape(message)}$"):
         make(kind)(x)
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (zeros(2, 3, 15), "x must have shape (..., 16), got (2, 3, 15)"),
+        (zeros(2, 16, 1), "x must have shape (..., 16), got (2, 16, 1)"),
+        (zeros(()), "x must have shape (..., 16), got ()"),
+        (
+            zeros(16, dtype=torch.int64),
+            "x must be float32, bfloat16, float16 or float64, got int64",
+        ),
+        (zeros(3, 16).to_sparse(), "x must be a dense tensor, got layout sparse_coo"),
+        (zeros(3, 16).to("meta"), "x must be on cpu like the parameters, got meta"),
+        ([0.0] * 16, "x must be a tensor, got list"),
+        (None, "x must be a tensor, got None"),
+    ],
+)
+def test_a_norm_refuses_what_are_no_vectors_of_its_width(x, message):
+    with pytest.raises(ValueError, match=f"^RMSNorm: {re.escape(message)}$"):
+        RMSNorm(M)(x)
 
 
 @pytest.mark.refuses
@@ -142,6 +164,15 @@ def test_a_projection_that_is_not_as_it_was_made_may_convert_by_itself(how):
 def test_what_is_no_state_of_its_sizes_is_refused(kind, state, message):
     with pytest.raises(ValueError, match=rf"^Mamba: [a-z ]*{re.escape(message)}$"):
         make(kind)(zeros(2, 3, M), state)
+
+
+@pytest.mark.compiles
+def test_a_compiled_norm_refuses_in_the_same_words():
+    torch.compiler.reset()
+    compiled = torch.compile(RMSNorm(M), backend="eager")
+    compiled(torch.randn(2, 5, M))
+    with pytest.raises(ValueError, match=r"^RMSNorm: x must have shape \(..., 16\), got \(2,"):
+        compiled(torch.randn(2, 5, M + 1))
 
 
 @pytest.mark.refuses

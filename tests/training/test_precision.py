@@ -1,5 +1,7 @@
 """Laws of the machine: what is asked for is what runs, and the reason is said."""
 
+import re
+
 import pytest
 import torch
 
@@ -19,15 +21,45 @@ def test_auto_is_bf16_only_where_the_hardware_has_it():
     assert ("does not have" in machine.why) == (not able)
 
 
-def test_a_device_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="must be auto or a PyTorch device, got 'gpu'"):
-        resolve_device("gpu")
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:-1", "cuda:x"])
+def test_a_device_that_is_none_is_refused(name):
+    words = f"must be auto or a PyTorch device such as cpu or cuda:0, got '{name}'"
+    with pytest.raises(ValueError, match=f"^training.device {words}$"):
+        resolve_device(name)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(RuntimeError, match="'cuda' cannot be used"):
-        resolve_device("cuda")
+ACCELERATOR = torch.accelerator.current_accelerator()
+KIND = None if ACCELERATOR is None else ACCELERATOR.type
+ABSENT = ("cuda", "mps", "xpu", "mtia", "hpu", "vulkan", "opengl", "privateuseone")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ABSENT if kind != KIND])
+def test_a_device_that_pytorch_is_not_built_for_is_one_sentence(kind):
+    with pytest.raises(RuntimeError) as refusal:
+        resolve_device(f"{kind}:0")
+    assert re.fullmatch(
+        r"training.device must be auto or a device that is here \(cpu(, \w+:\d+)*\), "
+        rf"got '{kind}:0': this PyTorch is built without it",
+        str(refusal.value),
+    )
+
+
+def test_a_device_that_is_not_there_is_one_sentence_with_those_that_are(monkeypatch):
+    def refuse(*sizes, device):
+        raise RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range")
+
+    def current(check_available=False):
+        return torch.device("cuda")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(RuntimeError) as refusal:
+        resolve_device("cuda:9", "generate: --device")
+    assert str(refusal.value) == (
+        "generate: --device must be auto or a device that is here (cpu, cuda:0, cuda:1), "
+        "got 'cuda:9': CUDA error: invalid device ordinal"
+    )
 
 
 def test_a_device_that_computes_nothing_is_refused():

@@ -137,6 +137,8 @@ def find_documents(
         path = expand(place)
         if path.is_dir():
             found = list(_below(path, {p for pattern in patterns for p in path.rglob(pattern)}))
+            if not found and "*" in patterns:
+                raise ValueError(f"data: the folder {place} must hold files, got none")
             if not found:
                 raise ValueError(
                     f"data: the folder {place} must hold files named {' or '.join(patterns)}, "

@@ -193,13 +193,16 @@ def evaluate_files(
         ``sum(scores.values(), LanguageScore(0.0, 0, 0))``.
 
     Raises:
-        ValueError: A file is missing, empty, or not readable by the tokenizer; it is named.
+        ValueError: A file is missing, empty, without a token, or not readable by the
+            tokenizer, or a folder holds no files; it is named.
     """
     scores: dict[str, LanguageScore] = {}
     for document in find_documents([str(file) for file in files], patterns=("*",)):
         text = document.read() if tokenizer.reads_bytes else document.read_text()
         try:
             tokens = tokenizer.encode(text)
+            if not len(tokens):  # blanks, say, that a tokenizer strips
+                raise ValueError("its text must have tokens, got none")
             score = evaluate_whole(model, tokenizer, tokens, size=document.size, chunk=chunk)
         except ValueError as error:
             raise ValueError(f"{document.path}: {error}") from error

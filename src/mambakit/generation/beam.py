@@ -38,7 +38,7 @@ _STEEPEST = 10
 
 def beam_search(
     model: MambaLM,
-    prompts: Int[Tensor, "b l"] | Sequence[Int[Tensor, " l"]] | Sequence[str] | None = None,
+    prompts: Int[Tensor, "b l"] | Sequence[Int[Tensor, " _"]] | Sequence[str] | None = None,
     *,
     max_new_tokens: int,
     beams: int = 4,

@@ -77,7 +77,7 @@ class Bookmark:
 
     @classmethod
     def of_texts(
-        cls, state: ModelState, texts: Sequence[Int[Tensor, " l"]], written: Sequence[int]
+        cls, state: ModelState, texts: Sequence[Int[Tensor, " _"]], written: Sequence[int]
     ) -> "Bookmark":
         """Return the place after ``texts``, of which ``state`` has read all but the last token.
 
@@ -98,7 +98,7 @@ class Bookmark:
         )
         return cls(state, unread, recent=recent, written=unread.new_tensor(written))
 
-    def remembered(self) -> list[Int[Tensor, " r"]]:
+    def remembered(self) -> list[Int[Tensor, " _"]]:
         """Return the last tokens that each text has read, as far as they are known."""
         if self.recent is None:
             return [self.unread[0, :0]] * len(self)

@@ -20,7 +20,7 @@ from .stopping import OnText
 
 def complete(
     model: MambaLM,
-    prompts: Int[Tensor, "b l"] | Sequence[Int[Tensor, " l"]] | Sequence[str] | None = None,
+    prompts: Int[Tensor, "b l"] | Sequence[Int[Tensor, " _"]] | Sequence[str] | None = None,
     *,
     max_new_tokens: int,
     samples: int = 1,

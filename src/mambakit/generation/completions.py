@@ -32,8 +32,8 @@ class Completions:
             there was no draft, or it had nothing to propose.
     """
 
-    tokens: tuple[Int[Tensor, " k"], ...]
-    log_probabilities: tuple[Float[Tensor, " k"], ...]
+    tokens: tuple[Int[Tensor, " _"], ...]
+    log_probabilities: tuple[Float[Tensor, " _"], ...]
     finish_reasons: tuple[FinishReason, ...]
     texts: tuple[str, ...] | None
     alternatives: tuple[Alternatives, ...] | None

@@ -20,7 +20,7 @@ from .stopping import FinishReason, Stopping
 # Devices that have computed what they are asked for by the time they answer.
 _AT_ONCE = {"cpu"}
 
-LogitsProcessor = Callable[[Float[Tensor, "b v"], list[Int[Tensor, " l"]]], Tensor]
+LogitsProcessor = Callable[[Float[Tensor, "b v"], list[Int[Tensor, " _"]]], Tensor]
 """Changes the scores of the next token, given each row's tokens so far."""
 
 
@@ -93,6 +93,19 @@ class Plan:
             every.gather(1, tokens[:, None])[:, 0],
             None if best is None else Alternatives(best.indices, best.values),
         )
+
+
+def without_gradients(steps: Iterator[Chosen]) -> Iterator[Chosen]:
+    """Yield the steps, each computed in inference mode and none of the caller's work in it.
+
+    torch's decorator does so for what it sees to be a generator: not for one that is wrapped.
+    """
+    while True:
+        with torch.inference_mode():
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
 
 
 def is_scored(scores: Float[Tensor, "b v"]) -> Bool[Tensor, " b"]:
@@ -194,13 +207,15 @@ class Decoding:
         self._stopping = stopping
         self._keep_states = keep_states
 
-    @torch.inference_mode()
     def __iter__(self) -> Iterator[Chosen]:
         """Yield the tokens of each step.
 
         Raises:
             ValueError: The logits are no numbers.
         """
+        return without_gradients(self._steps())
+
+    def _steps(self) -> Iterator[Chosen]:
         plan, samples = self._plan, self._samples
         rows = list(range(samples * len(self._prompts)))
         if not plan.max_new_tokens:

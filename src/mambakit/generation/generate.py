@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 from mambakit.models import MambaLM, ModelState
@@ -32,7 +32,7 @@ def generate(
     generator: torch.Generator | None = None,
     state: ModelState | Bookmark | None = None,
     weights: Weights | None = None,
-    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
+    attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None = None,
     lengths: Int[Tensor, " b"] | None = None,
 ) -> Int[Tensor, "b l_out"]:
     """Continue each row of ``tokens`` by up to ``max_new_tokens`` tokens.
@@ -136,7 +136,7 @@ def stream(
     generator: torch.Generator | None = None,
     state: ModelState | Bookmark | None = None,
     weights: Weights | None = None,
-    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
+    attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None = None,
     lengths: Int[Tensor, " b"] | None = None,
 ) -> Iterator[Int[Tensor, " b"]]:
     """Yield the tokens of ``generate`` as they are chosen, one for each row at a time.

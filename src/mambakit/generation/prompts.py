@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from mambakit.data import Tokenizer
@@ -13,12 +13,12 @@ from mambakit.ops._packing import arrange
 
 from .bookmark import Bookmark
 
-Rows = list[Int[Tensor, " l"]]
+Rows = list[Int[Tensor, " _"]]
 
 
 def as_rows(
     model: MambaLM,
-    prompts: Int[Tensor, "b l"] | Sequence[Int[Tensor, " l"]] | Sequence[str],
+    prompts: Int[Tensor, "b l"] | Sequence[Int[Tensor, " _"]] | Sequence[str],
     tokenizer: Tokenizer | None = None,
 ) -> Rows:
     """Return prompts as a list of int64 rows on the model's device, each of any length.
@@ -92,7 +92,7 @@ def _check_ids(model: MambaLM, rows: Rows) -> None:
 
 def without_padding(
     tokens: Int[Tensor, "b l"],
-    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None,
+    attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None,
     lengths: Int[Tensor, " b"] | None,
 ) -> Tensor | Rows:
     """Return the tokens of each row that are no padding; without mask and lengths, all.

@@ -48,7 +48,7 @@ class Run(NamedTuple):
 
 def prepare(
     model: MambaLM,
-    prompts: Int[Tensor, "b l"] | Sequence[Int[Tensor, " l"]] | Sequence[str] | None,
+    prompts: Int[Tensor, "b l"] | Sequence[Int[Tensor, " _"]] | Sequence[str] | None,
     *,
     max_new_tokens: int,
     samples: int = 1,

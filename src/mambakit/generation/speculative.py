@@ -10,7 +10,7 @@ from mambakit.models import MambaLM, ModelState
 
 from .chance import RowChance
 from .cpu_step import Weights
-from .engine import Chosen, Plan, is_scored, mark_seen, require_scored
+from .engine import Chosen, Plan, is_scored, mark_seen, require_scored, without_gradients
 from .history import StateHistory
 from .prompts import Rows
 from .sampling import SamplingRules, exact_device, is_whole, pick
@@ -22,10 +22,10 @@ _LONGEST_REREAD = 16
 
 
 def judge(
-    p: Float[Tensor, "k+1 v"],
+    p: Float[Tensor, "k_and_1 v"],
     q: Float[Tensor, "k v"],
     proposed: Int[Tensor, " k"],
-    u: Float[Tensor, " k+1"],
+    u: Float[Tensor, " k_and_1"],
 ) -> tuple[int, Int[Tensor, ""]]:
     """Accept the first of the proposed tokens, and draw the one that comes after them.
 
@@ -136,13 +136,15 @@ class Speculation:
         self._stopping = stopping
         self._keep_states = keep_states
 
-    @torch.inference_mode()
     def __iter__(self) -> Iterator[Chosen]:
         """Yield the tokens of each round.
 
         Raises:
             ValueError: The logits of one of the models are no numbers.
         """
+        return without_gradients(self._rounds_of_all())
+
+    def _rounds_of_all(self) -> Iterator[Chosen]:
         for i, prompt in enumerate(self._prompts):
             before = None if self._before is None else self._before[i]
             read = self._model(prompt[None, :-1], before, last_only=True).state
@@ -229,7 +231,7 @@ class Speculation:
 
     def _probabilities(
         self, row: int, logits: Tensor, text: Tensor, proposed: Tensor
-    ) -> Float[Tensor, "k+1 v"]:
+    ) -> Float[Tensor, "k_and_1 v"]:
         """Return what the rules make of logits after each token of ``proposed``."""
         rules, seen, texts = self._plan.rules, None, []
         if self._plan.processors or rules.repetition_penalty != 1:

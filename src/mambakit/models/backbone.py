@@ -49,8 +49,8 @@ def pack_tokens(
 
 def _last(
     x: Float[Tensor, "b l m"], cu_seqlens: Int[Tensor, " bounds"] | None
-) -> Float[Tensor, "_ 1 m"]:
-    """Return the last vector of each row, or of each sequence of a pack."""
+) -> Float[Tensor, "_ last m"]:
+    """Return the last vector of each row (none of an empty one), or of each of a pack."""
     if cu_seqlens is None:
         return x[:, -1:]
     return x[0, cu_seqlens[1:].to(x.device) - 1, None]

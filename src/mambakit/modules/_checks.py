@@ -83,6 +83,24 @@ def check_stream(module: str, name: str, x: Tensor, width: int) -> None:
     raise ValueError(f"{module}: {name} must have shape (b, l, {width}), got {tuple(x.shape)}")
 
 
+def check_vectors(module: str, x: Tensor, weight: Tensor) -> None:
+    """Check what a module is called with that takes vectors of its weight's width, any number.
+
+    Raises:
+        ValueError: It is no dense tensor of floats of shape (..., m) where ``weight`` is.
+    """
+    if _is_dense(x) and x.shape[-1:] == weight.shape and x.device == weight.device:
+        return
+    check_floats(module, "x", x=x)
+    if x.shape[-1:] != weight.shape:
+        raise ValueError(
+            f"{module}: x must have shape (..., {weight.shape[0]}), got {tuple(x.shape)}"
+        )
+    raise ValueError(
+        f"{module}: x must be on {weight.device} like the parameters, got {x.device}"
+    )
+
+
 def check_part(
     module: str, name: str, part: Tensor, sizes: tuple[int, int, int], x: Tensor
 ) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mambakit.ops.norm import add_rms_norm, rms_norm, serves
 
+from ._checks import check_vectors
 from ._parameters import exempt_from_decay
 
 
@@ -93,8 +94,13 @@ class RMSNorm(nn.Module):
         exempt_from_decay(self.weight)  # a deep copy of a parameter loses its marks
 
     def forward(self, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
-        """Return ``x`` normalised over its last axis, in the dtype of the gain."""
+        """Return ``x`` normalised over its last axis, in the dtype of the gain.
+
+        Raises:
+            ValueError: ``x`` is no tensor of floats of shape (..., m) where the gain is.
+        """
         gain = self.weight
+        check_vectors("RMSNorm", x, gain)
         if serves(x, gain):
             return rms_norm(x, gain, self.eps)
         accumulate = torch.promote_types(x.dtype, torch.float32)

@@ -30,7 +30,7 @@ def resolve_device(device: str, setting: str = "training.device") -> torch.devic
 
     Raises:
         ValueError: ``device`` is not the name of a device.
-        RuntimeError: The device is not there.
+        RuntimeError: The device is not there; the sentence names those that are.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,16 +38,33 @@ def resolve_device(device: str, setting: str = "training.device") -> torch.devic
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
-            f"{setting} must be auto or a PyTorch device, got {device!r}"
+            f"{setting} must be auto or a PyTorch device such as cpu or cuda:0, got {device!r}"
         ) from error
     if resolved.type == "meta":
         raise ValueError(f"{setting} must be one that computes, got 'meta'")
     try:
         torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise RuntimeError(f"{setting} {device!r} cannot be used: {reason}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise RuntimeError(
+            f"{setting} must be auto or a device that is here ({', '.join(_devices())}), "
+            f"got {device!r}: {_why_absent(resolved, error)}"
+        ) from error
     return resolved
+
+
+def _devices() -> list[str]:
+    """Name the devices that can be used."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return ["cpu"]
+    return ["cpu", *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
+def _why_absent(device: torch.device, error: Exception) -> str:
+    kind = torch.accelerator.current_accelerator()  # what PyTorch is built for, there or not
+    if kind is None or kind.type != device.type:
+        return "this PyTorch is built without it"  # its own words are of dispatch keys
+    return str(error).splitlines()[0].partition(". ")[0]
 
 
 def resolve_machine(device: str, precision: str) -> Machine:
