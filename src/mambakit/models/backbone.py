@@ -1,7 +1,7 @@
 """Tokens to hidden vectors: embedding, the stack of blocks, the last norm."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from mambakit.modules import Block, Mamba, RMSNorm
@@ -18,7 +18,7 @@ def pack_tokens(
     tokens: Int[Tensor, "b l"],
     cu_seqlens: Int[Tensor, " bounds"] | None,
     lengths: Int[Tensor, " b"] | None,
-    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None,
+    attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None,
 ) -> tuple[Int[Tensor, "rows steps"], Int[Tensor, " bounds"] | None, Packing | None]:
     """Check a model's tokens and what tells sequences apart, and leave out the padding.
 
@@ -134,7 +134,7 @@ class Backbone(nn.Module):
         *,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
-        attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
+        attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None = None,
         last_only: bool = False,
     ) -> tuple[Float[Tensor, "rows steps m"], ModelState]:
         """Return the normalised vectors and the state after the last token.

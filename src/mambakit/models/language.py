@@ -4,7 +4,7 @@ import os
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from mambakit.modules import Linear
@@ -84,7 +84,7 @@ class MambaLM(nn.Module):
         *,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
-        attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
+        attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None = None,
         last_only: bool = False,
     ) -> LMOutput:
         """Return the logits at each position and the state after the last token.

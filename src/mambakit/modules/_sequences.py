@@ -1,6 +1,6 @@
 """How a module's input is brought to the one form in which sequences share a call: the pack."""
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from mambakit.ops._packing import Packing, arrange
@@ -11,7 +11,7 @@ def to_pack(
     x: Float[Tensor, "b l m"],
     cu_seqlens: Int[Tensor, " bounds"] | None,
     lengths: Int[Tensor, " b"] | None,
-    attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None,
+    attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None,
 ) -> tuple[Float[Tensor, "rows steps m"], Int[Tensor, " bounds"] | None, Packing | None]:
     """Return ``x`` without padding, ``cu_seqlens`` of what it is then, and the way back.
 

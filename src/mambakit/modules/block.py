@@ -1,7 +1,7 @@
 """One layer of the stack: normalise, mix along time, add to the residual stream."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from ._checks import check_input, check_size
@@ -59,7 +59,7 @@ class Block(nn.Module):
         *,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
-        attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
+        attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l m"], MixerState]:
         """Return the stream after this layer, and the state; ``None`` begins a sequence.
 

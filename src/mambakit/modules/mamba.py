@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from mambakit.ops import causal_conv1d, selective_scan
@@ -269,7 +269,7 @@ class Mamba(nn.Module):
         *,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
-        attention_mask: Bool[Tensor, "b l"] | Int[Tensor, "b l"] | None = None,
+        attention_mask: Bool[Tensor, "b l"] | Integer[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l m"], MixerState]:
         """Mix ``x`` along time, going on from ``state``, and return the state after it too.
 
