@@ -20,15 +20,16 @@
 // There are half as many runners as walkers, or as many where they can give registers away that
 // walkers need (HAND_OVER). With one state a channel all this is not needed: see one_state.cuh.
 //
-// Of a checkpoint's tiles two or half fit in shared memory, and one of the next. Where these are
-// all, runners make one in each period, and walkers take them from the last to the first:
+// Shared memory keeps two tiles of a checkpoint, or half of them if that is more, and one of the
+// next. If a checkpoint has but two, runners make one in each period, and walkers take them from
+// the last to the first:
 //
 //     period       -2     -1      0      1      2      3      4 ...
 //     runners       0      1      0      1      0      1      0
 //     walkers                     1      0      1      0      1
 //
-// Of more tiles runners take the first half twice: through it to the second half, whose tiles
-// they keep, and later again to keep them. With four:
+// Of more tiles runners take the first half twice (TWICE): through it to the second half, whose
+// tiles they keep, and later again to keep them. With four:
 //
 //     period       -2      -1      0      1      2      3      4 ...
 //     runners   0, 1*    2, 3      0      1   0, 1*   2, 3     0       (* passed through)
